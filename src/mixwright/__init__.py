@@ -1,0 +1,1 @@
+"""Experts on one backbone, composed into one model."""
