@@ -1,0 +1,41 @@
+"""The command `mixwright`: one file per group of verbs, found by listing this folder; no torch before a verb runs.
+
+A file that offers verbs has `register(app: typer.Typer) -> None`. Nothing else is edited to add one.
+"""
+
+import pkgutil
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from mixwright.cli.edge import run_at_edge
+
+# The order in which help shows what is known; anything else follows.
+_ORDER = ("demo", "doctor", "methods", "cite", "schema", "train", "experts", "compose", "eval", "explain", "report", "run")
+
+
+def build() -> typer.Typer:
+    """The app with the verbs of every file in this folder."""
+    app = typer.Typer(
+        name="mixwright",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        help="Experts trained apart, composed into one model that chooses among them for every token and layer.",
+        epilog="Start with [bold]mixwright demo[/bold]. Every verb has a worked example: [bold]mixwright VERB --help[/bold].",
+    )
+    app.callback()(_root)
+    for module in pkgutil.iter_modules(__path__):
+        register = getattr(import_module(f"{__name__}.{module.name}"), "register", None)
+        if register is not None:
+            register(app)
+    app.registered_commands.sort(key=lambda command: _place(command.name))
+    app.registered_groups.sort(key=lambda group: _place(group.name))
+    return app
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code: 0 done, 1 other, 2 bad input, 3 refused, 130 interrupted."""
+    run_at_edge(build())
