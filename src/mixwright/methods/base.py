@@ -1,19 +1,22 @@
-"""What a method says of itself, and how methods are found: a folder here, or an entry point of another package.
+"""What a method is, and how methods are found: a folder beside this file, or another package's entry point.
 
-Listing methods, printing a paper and checking a config import no torch: `Method.compose` and `Method.stages` import the
+Listing methods, printing a paper and checking a config import no torch: a card's `compose` and `stages` import the
 folder's `model.py` and `recipe.py` when they are called.
 """
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixwright import methods
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.training.stage import Stage
@@ -23,52 +26,38 @@ ENTRY_POINTS = "mixwright.methods"
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """The publication a method follows."""
+    """Where a method was published."""
 
     title: str
-    authors: tuple[str, ...]
+    authors: str
     year: int
     arxiv: str
-    """arXiv id without version, for example 2402.05859."""
-    venue: str
     bibtex: str
-    """The entry that `mixwright cite` prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A published way of composing experts: its paper, its config, and the two functions that build it.
-
-    Each method's `config.py` holds one, called `METHOD`.
-    """
+    """A published method: its card, and how it composes and trains. Subclass it in the method's `config.py`."""
 
     name: str
-    """The folder's name, and what `compose` and recipes take."""
-    summary: str
-    """What it does, in one line."""
-    choose_when: str
-    """The situation it is for, in one line."""
     paper: Paper
-    config: type
-    """Frozen dataclass of the settings; each field's docstring names its symbol and section in the paper."""
-    module: str
-    """The package with `model.py` and `recipe.py`, normally `__package__` of the file with the card."""
+    summary: str
+    config: type[Any]
 
-    def compose(self, config: Any, backbone: Any, catalog: "Catalog", experts: Sequence[str]) -> "ComposedModel":
-        """The backbone with the named experts of the catalogue behind this method's routers; see `model.py`."""
-        return self._function("model", "compose")(config, backbone, catalog, experts)
+    def compose(
+        self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None
+    ) -> "ComposedModel":
+        """One model out of backbones and the active experts of a catalogue."""
+        raise NotImplementedError(f"{self.name} does not compose.")
 
     def stages(self, config: Any) -> "tuple[Stage, ...]":
-        """What is trained, in order; see `recipe.py`."""
-        return self._function("recipe", "stages")(config)
-
-    def _function(self, file: str, name: str) -> Callable[..., Any]:
-        return getattr(import_module(f"{self.module}.{file}"), name)
+        """What is trained, in order."""
+        raise NotImplementedError(f"{self.name} trains nothing.")
 
 
 def names() -> tuple[str, ...]:
-    """Names of all methods at hand, sorted: the folders beside this file and the entry points of other packages."""
-    return tuple(sorted({*_folders(), *_foreign()}))
+    """Names of all methods at hand, sorted: the folders beside this file and other packages' entry points."""
+    return tuple(sorted({*_folders(), *_entry_points()}))
 
 
 def load(name: str) -> Method:
@@ -76,15 +65,16 @@ def load(name: str) -> Method:
 
     Raises:
         ValueError: there is no such method; the nearest name is suggested.
-        TypeError: what stands under that name is not a `Method`, or is called otherwise.
+        TypeError: what stands under that name is not a `Method`, or has another name.
     """
+    foreign = _entry_points()
     if name in _folders():
-        card, where = import_module(f"{__package__}.{name}.config").METHOD, f"methods/{name}/config.py"
-    elif name in (foreign := _foreign()):
+        card, where = import_module(f"mixwright.methods.{name}.config").METHOD, f"methods/{name}/config.py"
+    elif name in foreign:
         card, where = foreign[name].load(), f"entry point {foreign[name].value}"
     else:
         near = get_close_matches(name, names(), n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names()) or 'none'}"
+        advice = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}"
         raise ValueError(f"method {name!r} is not known; {advice}")
     if not isinstance(card, Method) or card.name != name:
         raise TypeError(f"{where}: expected a Method named {name!r}, got {card!r:.80}")
@@ -92,11 +82,8 @@ def load(name: str) -> Method:
 
 
 def _folders() -> tuple[str, ...]:
-    # `__path__` of the package, not only this file's folder: a namespace may be extended, as tests do.
-    path = import_module(str(__package__)).__path__
-    rooms = (module.name for module in pkgutil.iter_modules(path) if module.ispkg)
-    return tuple(room for room in rooms if any((Path(place) / room / "config.py").is_file() for place in path))
+    return tuple(module.name for module in pkgutil.iter_modules(methods.__path__) if module.ispkg)
 
 
-def _foreign() -> dict[str, EntryPoint]:
+def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

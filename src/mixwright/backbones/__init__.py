@@ -1,0 +1,1 @@
+"""Pretrained models as mixwright sees them."""

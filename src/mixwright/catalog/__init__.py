@@ -1,0 +1,1 @@
+"""Experts at rest: PEFT folders with cards."""

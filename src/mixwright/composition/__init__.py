@@ -1,0 +1,1 @@
+"""Experts at work: mixtures at sites of a frozen backbone."""

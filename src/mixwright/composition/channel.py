@@ -1,0 +1,24 @@
+"""The side channel of one composed model: foreign backbones can't hand extra arguments to a layer deep inside."""
+
+from dataclasses import dataclass, field
+
+from mixwright.routing import Condition, Routing
+
+
+@dataclass(slots=True)
+class Channel:
+    """What holds for the current pass. Written by `ComposedModel` only, read by its mixtures.
+
+    `condition`: of the current pass. `trace`: site -> routings, or None when nobody listens. `override`: a routing put
+    in place of what every router says. `enabled`: false makes every mixture its bare base.
+    """
+
+    condition: Condition = field(default_factory=Condition)
+    trace: dict[str, list[Routing]] | None = None
+    override: Routing | None = None
+    enabled: bool = True
+
+    def note(self, site: str, routing: Routing) -> None:
+        """Keep a routing if somebody is tracing."""
+        if self.trace is not None:
+            self.trace.setdefault(site, []).append(routing)

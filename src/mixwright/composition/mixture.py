@@ -1,0 +1,47 @@
+"""A mixture joins a base, a router and experts at one site of a backbone."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.composition.channel import Channel
+from mixwright.experts.base import AbstractExperts
+from mixwright.routers.base import AbstractRouter
+
+
+class Mixture(nn.Module):
+    """y = base(x) + sum_e w_e f_e(x).
+
+    `base` may be None, where the experts are the whole layer. What a foreign model asks of the layer that stood here
+    (`weight`, `in_features`, ...) is answered by the base.
+    """
+
+    def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
+        super().__init__()
+        if router.num_experts != experts.num_experts:
+            raise ValueError(f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}.")
+        self.base = base
+        self.router = router
+        self.experts = experts
+        self.site = ""
+        self.channel = Channel()
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Route, note the routing, apply the experts, add the base."""
+        channel = self.channel
+        if not channel.enabled and self.base is not None:
+            return self.base(x)
+        routing = channel.override or self.router(x, channel.condition)
+        channel.note(self.site, routing)
+        combined = self.experts(x, routing, channel.condition)
+        return combined if self.base is None else self.base(x) + combined.to(x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None:
+                raise
+            return getattr(base, name)

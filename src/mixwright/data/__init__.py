@@ -1,0 +1,1 @@
+"""Tasks, batches, episodes, and synthetic tasks that need no download."""

@@ -1,0 +1,33 @@
+"""What every kind of experts promises."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.routing import Condition, Routing
+
+
+class AbstractExperts(nn.Module, ABC):
+    """Experts that combine outputs: y = sum_e w_e f_e(x).
+
+    Parameters carry the expert axis first. `num_experts` counts the pool; expert ids are the pool's everywhere.
+    """
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], routing: Routing, condition: Condition
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The experts' combined output for `x`."""
+
+
+class AbstractDeltas(nn.Module, ABC):
+    """Experts that combine parameters: theta + sum_e w_e delta_e."""
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, routing: Routing) -> dict[str, Tensor]:
+        """The change of each named parameter of the base."""

@@ -1,0 +1,1 @@
+"""Routers: who acts, and how strongly."""

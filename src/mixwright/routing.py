@@ -1,0 +1,86 @@
+"""The values that travel between routers, experts, statistics and reports.
+
+Axis words used everywhere: batch, seq, d_in, d_out, experts, k, heads, rank, order, tasks, masks, models, shots.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Who acts, and how strongly: y = sum_k weights_k * f_{indices_k}(x).
+
+    `weights`: routing weights, shape `(*decision, k)`. `indices`: expert ids of the same shape, or None when the last
+    axis is all experts in order. The decision axes broadcast against the leading axes of the input; size 1 means that
+    the choice does not vary there, no axes at all mean one choice for the whole model. A weight of zero means that the
+    expert does not act, whatever id stands beside it.
+    """
+
+    weights: Float[Tensor, "*decision k"]
+    num_experts: int
+    indices: Int[Tensor, "*decision k"] | None = None
+
+    def dense(self) -> Float[Tensor, "*decision experts"]:
+        """The same routing with one weight for every expert, `(*decision, experts)`."""
+        if self.indices is None:
+            return self.weights
+        full = self.weights.new_zeros((*self.weights.shape[:-1], self.num_experts))
+        return full.scatter_add(-1, self.indices, self.weights)
+
+    def leader(self) -> Int[Tensor, "*decision"]:
+        """The id of the expert with the largest weight; the earliest on a tie."""
+        best = self.weights.argmax(-1, keepdim=True)
+        return (best if self.indices is None else self.indices.gather(-1, best)).squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class SupportSet:
+    """The labelled examples of an episode: inputs `(shots, ...)`, labels `(shots,)`."""
+
+    inputs: Any
+    labels: Int[Tensor, " shots"]
+
+
+@dataclass(slots=True)
+class RoutingMemory:
+    """What earlier sites of this pass, and earlier tokens of these sequences, decided. Lives as long as its sequences.
+
+    `depth` and `tokens` hold what routers leave for later sites and later tokens; every tensor has the batch first, so
+    that a beam search can reorder the rows.
+    """
+
+    depth: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What the caller knows about a pass that the hidden state does not say.
+
+    `task_ids`: `(batch,)`. `token_mask`: `(batch, seq)`, true for real tokens of the main stream (the decoder's, where
+    there is one). `encoder_mask`: the same for an encoder's tokens. `support`: an episode's support set. `memory`:
+    earlier decisions, for routers that share them across sites or tokens.
+    """
+
+    task_ids: Int[Tensor, " batch"] | None = None
+    token_mask: Bool[Tensor, "batch seq"] | None = None
+    encoder_mask: Bool[Tensor, "batch source"] | None = None
+    support: SupportSet | None = None
+    memory: RoutingMemory | None = None
+
+    def for_batch(self, batch: int) -> "Condition":
+        """The same condition for `batch` rows: beams repeat each row of `task_ids` in place."""
+        if self.task_ids is None or len(self.task_ids) == batch:
+            return self
+        repeats, rest = divmod(batch, len(self.task_ids))
+        if rest:
+            raise ValueError(
+                f"condition.task_ids has {len(self.task_ids)} rows but the pass has {batch}; "
+                "give one task id for each row of the batch."
+            )
+        return replace(self, task_ids=torch.repeat_interleave(self.task_ids, repeats))
