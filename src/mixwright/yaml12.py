@@ -69,7 +69,13 @@ class _Dumper(yaml.SafeDumper):  # keeps PyYAML's own resolvers too: what either
         del data
         return True
 
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        plain = all(isinstance(item, (str, int, float, bool, type(None))) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=plain)
 
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(tuple, _Dumper.represent_list)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 for _name, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):

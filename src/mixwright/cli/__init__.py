@@ -11,8 +11,21 @@ import typer
 
 from mixwright.cli.edge import run_at_edge
 
-# The order in which help shows what is known; anything else follows.
-_ORDER = ("demo", "doctor", "methods", "cite", "schema", "train", "experts", "compose", "eval", "explain", "report", "run")
+# The order in which help shows the verbs; one that is not named here follows.
+_ORDER = [
+    "demo",
+    "methods",
+    "cite",
+    "schema",
+    "train",
+    "experts",
+    "compose",
+    "eval",
+    "explain",
+    "report",
+    "run",
+    "doctor",
+]
 
 
 def build() -> typer.Typer:
@@ -22,9 +35,9 @@ def build() -> typer.Typer:
         no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-        help="Experts trained apart, composed into one model that chooses among them for every token and layer.",
-        epilog="Start with [bold]mixwright demo[/bold]. Every verb has a worked example: [bold]mixwright VERB --help[/bold].",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False,
+        epilog="Start with [cyan]mixwright demo[/cyan]. Worked examples: [cyan]mixwright VERB --help[/cyan]",
     )
     app.callback()(_root)
     for module in pkgutil.iter_modules(__path__):
@@ -39,3 +52,18 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command line and leave with its exit code: 0 done, 1 other, 2 bad input, 3 refused, 130 interrupted."""
     run_at_edge(build())
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    """Experts trained apart, composed into one model that chooses among them for every token and layer."""
+    if version:
+        from mixwright import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _place(name: str | None) -> tuple[int, str]:
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), str(name))
