@@ -19,6 +19,7 @@ from mixwright.routers.pooling import pool_both_ways, pool_causal
 from mixwright.routing import Condition, Routing, RoutingMemory
 
 STREAMS = ("decoder", "encoder", "cross")
+ALONE = "alone/"
 
 
 class TokenRouter(AbstractRouter):
@@ -40,7 +41,8 @@ class TokenRouter(AbstractRouter):
     mean over their whole sequence.
 
     `stream` says whose tokens pass here, `order` is the site's place in the order of execution, its own number within
-    the model. The state is `condition.memory`; a router has none.
+    the model. A site apart, whose input has no token axis (a pooler's), has the stream `alone/<path>` and shares nothing.
+    The state is `condition.memory`; a router has none.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class TokenRouter(AbstractRouter):
             raise ValueError(f"pooling={pooling}; accepted is a decay from 0 (each token alone) to below 1.")
         if consensus < 0.0 or prior < 0.0:
             raise ValueError(f"consensus={consensus}, prior={prior}; both are weights, 0 (off) or more.")
-        if stream not in STREAMS:
-            raise ValueError(f"stream={stream!r}; accepted are {', '.join(STREAMS)}.")
+        if stream not in STREAMS and not stream.startswith(ALONE):
+            raise ValueError(f"stream={stream!r}; accepted are {', '.join(STREAMS)}, and {ALONE}<path> for a site apart.")
         self.scores = scores
         self.top_k = top_k
         self.null_expert = null_expert
@@ -85,19 +87,20 @@ class TokenRouter(AbstractRouter):
     @property
     def remembers(self) -> bool:
         """Whether a token's routing depends on tokens of earlier passes, so that a cache has to carry a memory."""
-        return self.pooling > 0.0 or self.prior > 0.0
+        return (self.pooling > 0.0 or self.prior > 0.0) and not self.stream.startswith(ALONE)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The k best experts of every token, best first."""
         scores = self.scores(x)
-        if self.pooling > 0.0:
+        alone = self.stream.startswith(ALONE)
+        if self.pooling > 0.0 and not alone:
             scores = self._pooled(scores, condition)
         if self.null_expert is not None:
             scores = torch.cat([scores, torch.full_like(scores[..., :1], self.null_expert)], -1)
         if self.offset is not None:
             scores = scores + self.offset
         logits = scores.masked_fill(~self.allowed, -torch.inf)
-        if self.consensus > 0.0 or self.prior > 0.0:
+        if (self.consensus > 0.0 or self.prior > 0.0) and not alone:
             logits = self._agreed(logits, condition)
         return choose(logits, self.top_k, None if self.null_expert is None else self.num_experts - 1)
 
