@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_KEPT = 33
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -52,7 +54,8 @@ class RoutingMemory:
     """What earlier sites of this pass, and earlier tokens of these sequences, decided.
 
     `tokens`, by site, and `sources`, by the order of cross-attention sites, last as long as their sequences: every tensor
-    has the batch first, so that whatever moves the rows of a cache moves these too. `depth` lasts for one pass: per stream and shape of its tokens, the sum of their routing
+    has the batch first, so that whatever moves the rows of a cache moves these too. Those of `tokens` have the last
+    tokens' states second, the present one last, so that tokens can be taken back. `depth` lasts for one pass: per stream and shape of its tokens, the sum of their routing
     probabilities `(*batch, experts)` and the number of sites `(experts,)` at which each expert could be chosen.
     `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. Between passes it is closed.
     """
@@ -82,6 +85,32 @@ class RoutingMemory:
         count = self.visits.get(site, 0)
         self.visits[site] = count + 1
         return f"{site}#{count}"
+
+    def latest(self, name: str) -> Float[Tensor, "batch width"] | None:
+        """The state under `name` after the last token so far."""
+        states = self.tokens.get(name)
+        return None if states is None else states[:, -1]
+
+    def keep(self, name: str, states: Float[Tensor, "batch seq width"]) -> None:
+        """Put down the states after each token of this pass; the last few are kept, and the one before the pass."""
+        before = self.tokens.get(name)
+        if states.shape[1] >= _KEPT:
+            states = states[:, -_KEPT:].clone()  # a view would hold on to the states of a whole prompt
+        elif before is not None:
+            states = torch.cat([before[:, -1:], states], 1)
+        self.tokens[name] = states
+
+    def crop(self, count: int) -> None:
+        """Take back the last `count` tokens. Raises ValueError beyond the last pass, or its last 32 tokens."""
+        held = min((states.shape[1] for states in self.tokens.values()), default=count + 1)
+        if count >= held:
+            raise ValueError(
+                f"the cache is cropped by {count} tokens, but what the routers remember (pooling or prior) can be taken "
+                f"back by {held - 1} here: the tokens of the last pass, at most {_KEPT - 1}. Decode without an assistant "
+                "model of this kind, or compose with pooling=0, prior=0."
+            )
+        if count:
+            self.tokens = {name: states[:, :-count] for name, states in self.tokens.items()}
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows of the batch, in this order: a beam search's reordering, or finished sequences leaving."""

@@ -223,6 +223,35 @@ def test_memory_moves_with_the_rows() -> None:
     torch.testing.assert_close(after, whole[:, [1, 0, 1], 4:], atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_are_taken_back() -> None:
+    options = {"prior": 1.0, "pooling": 0.6, "consensus": 1.0}
+    memory, sites, x = RoutingMemory(), routers(**options), inputs()
+
+    def step(tokens: Tensor) -> Tensor:
+        memory.begin_pass(2)
+        return torch.stack([router(tokens[j], Condition(memory=memory)).dense() for j, router in enumerate(sites)])
+
+    step(x[:, :, :3])
+    step(torch.cat([x[:, :, 3:4], 9 + x[:, :, :3]], 2))
+    memory.crop(3)
+    memory.crop(0)
+    after = step(x[:, :, 4:])
+    whole = torch.stack([routing.dense() for routing in by_router(x, None, **options)])
+    torch.testing.assert_close(after, whole[:, :, 4:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="cropped by 4 tokens"):
+        memory.crop(4)
+    step(torch.zeros(SITES, 2, 100, D))
+    memory.crop(32)
+    with pytest.raises(ValueError, match="cropped by 1 tokens"):
+        memory.crop(1)
+
+
+def test_a_long_prompt_is_not_kept_alive() -> None:
+    memory = RoutingMemory(rows=1)
+    TokenRouter(PrototypeScores(prototypes()[0]), 2, pooling=0.5)(torch.zeros(1, 500, D), Condition(memory=memory))
+    assert all(state.untyped_storage().nbytes() < 100 * (E + 1) * 4 for state in memory.tokens.values())
+
+
 def test_a_module_that_runs_twice_in_a_pass_keeps_two_states() -> None:
     router = TokenRouter(PrototypeScores(prototypes()[0]), 2, pooling=0.7, order=0)
     x = inputs()

@@ -19,7 +19,7 @@ class MemoryLayer:
     """A cache layer without keys and values. Its methods are the ones of a cache layer of transformers >= 5."""
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
     is_initialized = True
     supports_early_init = False
@@ -54,12 +54,8 @@ class MemoryLayer:
         self.memory.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Running means can't forget their last tokens: refused unless there is nothing to remove."""
-        if tokens_to_remove:
-            raise ValueError(
-                f"a cache was cropped by {abs(tokens_to_remove)} tokens, but this model's routers pool over tokens (pooling or "
-                "prior) and can't take tokens back. Decode without an assistant model, or compose with pooling=0, prior=0."
-            )
+        """Take tokens back, as an assistant's rejected guesses are; see `RoutingMemory.crop` for how many."""
+        self.memory.crop(abs(tokens_to_remove))
 
     def offload(self) -> None:
         """It is small and stays where it is."""

@@ -57,10 +57,11 @@ def causal_mean(
     and a count in `source`, precede all.
     """
     counted = torch.cat([view * real.unsqueeze(-1), real.unsqueeze(-1)], -1)
-    start = memory.tokens.get(name, torch.zeros_like(counted[:, 0])).unsqueeze(1)
+    earlier = memory.latest(name)
+    start = (torch.zeros_like(counted[:, 0]) if earlier is None else earlier).unsqueeze(1)
     # added up from the start, never subtracted: the smallest probabilities keep their digits for the logarithm
     sums = torch.cat([start, counted], 1).cumsum(1)
-    memory.tokens[name] = sums[:, -1]
+    memory.keep(name, sums[:, 1:])
     before = sums[:, :-1] if source is None else sums[:, :-1] + source.unsqueeze(1)
     count = before[..., -1:]
     return before[..., :-1] / count.clamp_min(1.0), count > 0.5

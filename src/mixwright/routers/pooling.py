@@ -22,11 +22,11 @@ def pool_causal(
     own score.
     """
     counted, keep = _counted(scores, real, decay)
-    earlier = memory.tokens.get(name)
+    earlier = memory.latest(name)
     if earlier is not None:
         counted = torch.cat([counted[:, :1] + (keep[:, :1, None] * earlier.unsqueeze(1)), counted[:, 1:]], 1)
     sums = decayed_sum(counted, keep)
-    memory.tokens[name] = sums[:, -1]
+    memory.keep(name, sums)
     return _mean(sums, scores)
 
 
