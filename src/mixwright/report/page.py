@@ -63,14 +63,24 @@ def _headline(explanation: Explanation, order: Sequence[str]) -> list[str]:
         others = f", ahead of {len(leading) - 1} others" if len(leading) > 2 else ""
         lead = tag("bdi", escape(leading[0]))
         parts.append(tag("p", tag("strong", lead), f" leads {share}% of {total} tokens{others}.", class_="lede"))
+    parts.append(tag("p", *_worth(explanation), class_="lede"))
     facts = [("tokens", f"{total}"), ("experts that act", f"{len(order)} of {len(explanation.experts)}")]
-    loss, backbone, without = (explanation.mean_loss(s) for s in ("loss", "loss_backbone", "loss_without"))
-    if loss is not None and backbone is not None:
-        facts.append(("loss, nats per token", f"{loss:.2f}"))
-        facts.append(("against the backbone", _signed(loss - backbone)))
-    if loss is not None and without is not None:
-        facts.append((f"loss without {explanation.without}", _signed(without - loss)))
+    named = (("loss", "nats per token"), ("loss_backbone", "backbone alone"), ("loss_without", f"without {explanation.without}"))
+    losses = ((label, explanation.mean_loss(system)) for system, label in named)
+    facts += [(label, f"{value:.2f}") for label, value in losses if value is not None]
     return [*parts, tag("dl", *(tag("div", tag("dt", escape(k)), tag("dd", escape(v))) for k, v in facts), class_="facts")]
+
+
+def _worth(explanation: Explanation) -> list[str]:
+    """What the experts saved, in a sentence."""
+    loss, backbone, without = (explanation.mean_loss(s) for s in ("loss", "loss_backbone", "loss_without"))
+    if loss is None or backbone is None:
+        return ["This backbone predicts no tokens, so there is no loss to compare."]
+    said = f"The experts {'save' if loss <= backbone else 'cost'} {abs(backbone - loss):.2f} nats per token"
+    if without is None:
+        return [said, "."]
+    name = tag("bdi", escape(explanation.without))
+    return [f"{said}; without ", name, f" the text costs {_signed(without - loss)}."]
 
 
 def _signed(value: float) -> str:

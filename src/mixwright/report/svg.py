@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mixwright.report.markup import escape, tag
 
-_ROW, _BAR = 26, 18
+_ROW, _BAR, _TALL = 26, 18, 38
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def dots(rows: Sequence[Dot], title: str) -> str:
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = low - room, high + room
     drawn = [_dot(place, row, low, high) for place, row in enumerate(rows)]
-    bottom = len(rows) * _ROW
+    bottom = len(rows) * _TALL
     drawn.append(f'<line x1="1%" x2="99%" y1="{bottom}" y2="{bottom}" class="rule"/>')
     drawn += [
         tag("text", f"{value:.4g}", x=f"{x}%", y=bottom + 16, class_=f"axis {anchor}")
@@ -75,7 +75,7 @@ def dots(rows: Sequence[Dot], title: str) -> str:
 
 
 def _dot(place: int, row: Dot, low: float, high: float) -> str:
-    y = place * _ROW + _ROW / 2
+    y = place * _TALL + _TALL - 12
 
     def x(value: float) -> str:
         return f"{1 + 98 * (value - low) / (high - low):.3f}%"
@@ -85,7 +85,9 @@ def _dot(place: int, row: Dot, low: float, high: float) -> str:
         interval = f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}" class="interval {escape(row.style)}"/>'
     spread = "" if row.low is None or row.high is None else f" [{row.low:.4g}, {row.high:.4g}]"
     said = tag("title", escape(f"{row.name}: {row.value:.4g}{spread}"))
-    return interval + tag("circle", said, cx=x(row.value), cy=y, r="5", class_=f"dot {row.style}")
+    name = tag("text", escape(row.name), x="1%", y=y - 11, class_="name")
+    track = f'<line x1="1%" x2="99%" y1="{y}" y2="{y}" class="rule"/>'
+    return name + track + interval + tag("circle", said, cx=x(row.value), cy=y, r="5.5", class_=f"dot {row.style}")
 
 
 def sparkline(values: Sequence[float], most: float, style: str, title: str) -> str:
