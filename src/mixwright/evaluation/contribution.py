@@ -143,7 +143,11 @@ def _without_bias(base: nn.Module | None, x: Tensor) -> Tensor | None:
 
 
 def _flat_weights(routing: Routing, x: Tensor) -> Float[Tensor, "tokens experts"]:
-    return routing.dense().detach().float().expand(*x.shape[:-1], routing.num_experts).reshape(-1, routing.num_experts)
+    dense = routing.dense().detach().float()
+    tokens = x.shape[:-1]
+    if dense[..., 0].numel() != tokens.numel():
+        dense = dense.expand(*tokens, routing.num_experts)
+    return dense.reshape(-1, routing.num_experts)
 
 
 def _margin(weights: Float[Tensor, "tokens experts"]) -> Float[Tensor, " tokens"]:

@@ -99,6 +99,8 @@ def explain(
     in the pool; None takes the one that leads most tokens. Raises ValueError for an empty text, for one that is longer
     than the backbone takes, and for a `target` that the backbone has no decoder for.
     """
+    if without is not None:
+        model.index(without)
     streams = _read(model, tokenizer, text, target)
     inputs = _inputs(model, streams)
     with _evaluating(model), torch.no_grad():
@@ -282,9 +284,10 @@ def _acting(experts: Sequence[str], weights: Sequence[float], contributions: Seq
 
 @contextmanager
 def _evaluating(model: ComposedModel) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
