@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixwright.methods.base import Method, Paper
 
@@ -20,8 +20,9 @@ class PhatgooseConfig:
 
     top_k: int = 2
     """k, the experts kept for each token and site (section 3)."""
-    router: str = "gates"
-    """What the scores are made of: `gates` (the paper), `signatures`, `auto` (gates where every expert has them)."""
+    router: Literal["auto", "gates", "signatures", "arrow"] = "auto"
+    """What experts are scored by. `gates` is the paper; `auto` takes gates where every expert has them, else
+    signatures where every expert has them, else Arrow, which needs nothing but the adapters."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Sites of a new expert, by last name part or glob; the paper adapts every linear layer of every block."""
     rank: int = 16
