@@ -1,1 +1,60 @@
-"""Experts on one backbone, composed into one model."""
+"""Experts trained apart, composed into one model that chooses among them for every token and layer.
+
+    import mixwright as mw
+    model = mw.compose("phatgoose", backbone="my-backbone", catalog="my-catalog")
+
+The public names are resolved on first use, so that importing the package costs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mixwright.api import compose, evaluate, load, train
+    from mixwright.catalog.store import Catalog
+    from mixwright.composition.model import ComposedModel
+    from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
+    from mixwright.routing import Condition, Routing, SupportSet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Catalog",
+    "CatalogError",
+    "ComposedModel",
+    "Condition",
+    "IncompatibleExpert",
+    "MissingExtra",
+    "Routing",
+    "SupportSet",
+    "__version__",
+    "compose",
+    "evaluate",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "Catalog": "catalog.store",
+    "CatalogError": "errors",
+    "ComposedModel": "composition.model",
+    "Condition": "routing",
+    "IncompatibleExpert": "errors",
+    "MissingExtra": "errors",
+    "Routing": "routing",
+    "SupportSet": "routing",
+    "compose": "api",
+    "evaluate": "api",
+    "load": "api",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mixwright' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"mixwright.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,7 +19,7 @@ class Site:
 
 def linear_site(path: str, module: nn.Module) -> Site | None:
     """The site that `module` is, or None if it is no linear layer. Conv1D of transformers is known by its shape."""
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear):
         return Site(path, module.in_features, module.out_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         d_in, d_out = module.get_parameter("weight").shape
@@ -31,6 +31,30 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
     """Every linear layer of a model by path, in the order of its modules; a layer that is shared is listed once."""
     found = ((path, linear_site(path, module)) for path, module in model.named_modules())
     return {path: site for path, site in found if site is not None}
+
+
+def block_sites(model: nn.Module) -> tuple[str, ...]:
+    """The linear layers inside a model's blocks, its numbered parts: not its embeddings, pooler or head.
+
+    In a model without blocks, every linear layer but the output embeddings.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    usable = [
+        path
+        for path in linear_sites(model)
+        if model.get_submodule(path) is not head
+        and type(model.get_submodule(path)).__name__ != "NonDynamicallyQuantizableLinear"
+    ]
+    return tuple(path for path in usable if any(part.isdigit() for part in path.split("."))) or tuple(usable)
+
+
+def target_sites(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers that `patterns` name (see `select`); `all-linear` names those inside the blocks."""
+    named = [pattern for pattern in patterns if pattern != "all-linear"]
+    chosen = set(select(tuple(linear_sites(model)), named)) if named else set[str]()
+    if len(named) < len(patterns):
+        chosen.update(block_sites(model))
+    return tuple(path for path in linear_sites(model) if path in chosen)
 
 
 def select(paths: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:

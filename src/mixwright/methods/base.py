@@ -1,8 +1,18 @@
-"""What a method is: a card, a config, a way to compose and stages to train."""
+"""What a method is, and how methods are found: a folder beside this file, or another package's entry point.
 
+Listing methods, printing a paper and checking a config import no torch: a card's `compose` and `stages` import the
+folder's `model.py` and `recipe.py` when they are called.
+"""
+
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
+
+from mixwright import methods
 
 if TYPE_CHECKING:
     from torch import nn
@@ -10,6 +20,8 @@ if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.training.stage import Stage
+
+ENTRY_POINTS = "mixwright.methods"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +53,37 @@ class Method:
     def stages(self, config: Any) -> "tuple[Stage, ...]":
         """What is trained, in order."""
         raise NotImplementedError(f"{self.name} trains nothing.")
+
+
+def names() -> tuple[str, ...]:
+    """Names of all methods at hand, sorted: the folders beside this file and other packages' entry points."""
+    return tuple(sorted({*_folders(), *_entry_points()}))
+
+
+def load(name: str) -> Method:
+    """The card of the method called `name`.
+
+    Raises:
+        ValueError: there is no such method; the nearest name is suggested.
+        TypeError: what stands under that name is not a `Method`, or has another name.
+    """
+    foreign = _entry_points()
+    if name in _folders():
+        card, where = import_module(f"mixwright.methods.{name}.config").METHOD, f"methods/{name}/config.py"
+    elif name in foreign:
+        card, where = foreign[name].load(), f"entry point {foreign[name].value}"
+    else:
+        near = get_close_matches(name, names(), n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}"
+        raise ValueError(f"method {name!r} is not known; {advice}")
+    if not isinstance(card, Method) or card.name != name:
+        raise TypeError(f"{where}: expected a Method named {name!r}, got {card!r:.80}")
+    return card
+
+
+def _folders() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(methods.__path__) if module.ispkg)
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

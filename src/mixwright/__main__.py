@@ -1,0 +1,5 @@
+"""`python -m mixwright` is the command `mixwright`."""
+
+from mixwright.cli import main
+
+main()

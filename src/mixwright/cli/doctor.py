@@ -1,0 +1,104 @@
+"""`doctor`: what this installation can do, and what is wrong with it."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from mixwright.cli.output import Json, example, print_json, print_table
+
+_CORE = [
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "jaxtyping",
+    "pydantic",
+    "typer",
+    "rich",
+    "PyYAML",
+]
+_EXTRAS = {"data": "datasets", "eval": "lm_eval", "serve": "fastapi", "plot": "matplotlib", "gpu": "triton"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    lines = ("mixwright doctor", "mixwright doctor my-catalog --json")
+    app.command("doctor", rich_help_panel="Look around", epilog=example(*lines))(doctor)
+
+
+def doctor(
+    catalog: Annotated[str | None, typer.Argument(metavar="[CATALOG]", help="Folder whose experts to check.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is installed, which fast paths run here, and whether a catalogue is healthy; exit code 1 on trouble."""
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "free_disk_gib": round(
+            shutil.disk_usage(catalog if catalog and os.path.isdir(catalog) else ".").free / 2**30, 1
+        ),
+        "packages": {name: _version(name) for name in ("mixwright", *_CORE)},
+        "extras": {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()},
+        "torch": _torch(),
+        "findings": _catalog(catalog) if catalog else None,
+    }
+    troubles = [
+        f"package {name} is missing: pip install mixwright" for name, has in report["packages"].items() if not has
+    ]
+    troubles += [f"expert {one['expert']}: {one['code']} {one['message']}" for one in report["findings"] or ()]
+    report["troubles"] = troubles
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+    raise typer.Exit(1 if troubles else 0)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        module = sys.modules.get(name)  # run from a source tree, without being installed
+        return getattr(module, "__version__", None)
+
+
+def _torch() -> dict[str, Any] | None:
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "bf16": torch.cuda.is_bf16_supported() if cuda else None,
+    }
+
+
+def _catalog(folder: str) -> list[dict[str, str]]:
+    from dataclasses import asdict
+
+    from mixwright.catalog.store import Catalog
+
+    return [asdict(finding) for finding in Catalog(folder).check()]
+
+
+def _print(report: dict[str, Any]) -> None:
+    print_table(("package", "version"), [(name, found or "missing") for name, found in report["packages"].items()])
+    advice = {False: "no: pip install 'mixwright[{}]'", True: "yes"}
+    print_table(("extra", "installed"), [(name, advice[has].format(name)) for name, has in report["extras"].items()])
+    facts = [(key, report[key]) for key in ("python", "machine")]
+    facts.append(("free disk here", f"{report['free_disk_gib']} GiB"))
+    facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
+    print_table(("fact", "value"), facts)
+    print("\n".join(report["troubles"]) or "No trouble found.")

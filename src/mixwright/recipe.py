@@ -1,0 +1,131 @@
+"""The recipe: one YAML file that every verb reads, each taking the parts it needs.
+
+```yaml
+method: phatgoose
+backbone: my-backbone            # a folder or a hub id
+catalog: my-catalog
+output_dir: runs/law
+expert: {id: law, task: answer questions about contracts}
+data: {train: law.jsonl, validation: law-held-out.jsonl}
+train: {batch_size: 16}
+config: {rank: 16, top_k: 2}     # the method's own settings: `mixwright schema phatgoose`
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from mixwright.config import decode, override, read_yaml
+
+Count = Annotated[int, Gt(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The frozen pretrained model. A bare string in a recipe is its `path`."""
+
+    SHORTHAND: ClassVar[str] = "path"
+
+    path: str
+    """A folder or a hub id."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None is the default branch."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; None keeps the one on disk."""
+    kind: Literal["auto", "causal", "seq2seq", "speech", "encoder"] = "auto"
+    """Which head to load: next token, target text, or none; auto reads the model's own configuration."""
+    device_map: str | None = None
+    """Passed to transformers as it is, for example auto or cuda:0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """What is written on the card of the expert that is trained. A bare string in a recipe is its `id`."""
+
+    SHORTHAND: ClassVar[str] = "id"
+
+    id: str
+    """Name in the catalogue."""
+    task: str | None = None
+    """What the expert is for, in words."""
+    licence: str | None = None
+    """Licence of the expert's weights, as an SPDX name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text an expert is trained and judged on. Each split is a JSONL file, several of them, or a hub data set."""
+
+    train: str | tuple[str, ...] | None = None
+    """Training examples."""
+    validation: str | tuple[str, ...] | None = None
+    """Held-out examples on which settings and checkpoints are chosen."""
+    test: str | tuple[str, ...] | None = None
+    """Examples that only the final score sees."""
+    format: Literal["auto", "prompt", "text", "label"] = "auto"
+    """Keys of an example: prompt and completion, text, or text and label; auto looks at the first one."""
+    max_length: Count = 512
+    """Tokens of the input that are kept."""
+    max_target_length: Count | None = None
+    """Tokens of the target that are kept, for sequence-to-sequence models; None is `max_length`."""
+    limit: Count | None = None
+    """Examples that are read of each split; None is all."""
+    labels: tuple[str, ...] | None = None
+    """Texts of the labels, in the order of their numbers; None takes those that occur."""
+    general: str | tuple[str, ...] | None = None
+    """General text on which an expert's harm is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How training runs, whatever is trained; what a method prescribes (steps, rates) stands in its own config."""
+
+    batch_size: Count = 16
+    """Examples in one forward pass of one process."""
+    accumulate: Count = 1
+    """Forward passes per optimiser step."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; trained weights stay fp32."""
+    checkpoint_every: Count = 100
+    """Optimiser steps between checkpoints: the most that an interrupted run loses."""
+    log_every: Count = 10
+    """Optimiser steps between lines of the log."""
+    tracker: str | None = None
+    """A tracker that accelerate knows (tensorboard, wandb, trackio); None sends nothing anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One YAML file that every verb reads."""
+
+    backbone: BackboneConfig
+    """The frozen pretrained model."""
+    method: str = "phatgoose"
+    """How experts are composed: a name that `mixwright methods` prints."""
+    catalog: str | None = None
+    """Folder of the experts."""
+    output_dir: str | None = None
+    """Folder for what a verb leaves: checkpoints, a composition, scores, pages."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Where all randomness starts."""
+    expert: ExpertConfig | None = None
+    """The expert that `train` makes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How training runs."""
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The method's own settings, decoded strictly by the method."""
+
+
+def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with dotted settings such as `config.top_k=2` written over it.
+
+    Raises:
+        ValueError: the file cannot be read, or a key is unknown, missing or of the wrong type; every fault is named.
+    """
+    return decode(Recipe, override(read_yaml(path), settings), where=str(path))
