@@ -44,9 +44,10 @@ def load_backbone(
 ) -> nn.Module:
     """A transformers model in eval mode, from a folder or a hub id.
 
-    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config. `dtype`: as the
-    weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`, `INCOMPLETE`) for a
-    folder that is missing, is an adapter, has no safetensors, needs code of its own, or lacks weights.
+    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config.
+    `dtype`: as the weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`,
+    `SHAPE`, `INCOMPLETE`) for a folder that is missing, is an adapter, has no safetensors, needs code of its own, or
+    lacks weights.
     """
     if kind not in _KINDS:
         raise ValueError(f"backbone kind {kind!r}; expected one of {', '.join(_KINDS)}.")
@@ -122,9 +123,7 @@ def byte_tokenizer(text_model: str = "causal") -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     ends = {"causal": None, "seq2seq": "$A </s>", "encoder": "<s> $A </s>"}[text_model]
     if ends is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=ends, special_tokens=[("<s>", 2), ("</s>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=[("<s>", 2), ("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -205,7 +204,7 @@ def _check_weights(folder: Path, name: str) -> None:
             name,
             "no model.safetensors"
             + (f", only {pickled[0]}, which is a pickle and is not opened" if pickled else "")
-            + ". Convert it on a machine you can spare: python -c \"from transformers import AutoModel; "
+            + '. Convert it on a machine you can spare: python -c "from transformers import AutoModel; '
             "AutoModel.from_pretrained('IN').save_pretrained('OUT')\".",
         )
 

@@ -214,7 +214,8 @@ class ComposedModel(nn.Module):
         """One line: trainable parameters, all parameters, and their share in percent."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in self.parameters())
-        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {100 * trainable / everything:.4f}")
+        share = 100 * trainable / max(1, everything)
+        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")
 
     def fold(self, condition: Condition | None = None) -> nn.Module:
         """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`."""
