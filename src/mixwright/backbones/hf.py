@@ -5,7 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,30 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> An
     return tokenizer
 
 
+def fetch(path_or_id: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """The folder that a path names, or the local copy of these files of a hub repository (at `revision`).
+
+    Raises CatalogError (PATH) for what is in neither place.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
+        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a folder or a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CatalogError(
+            "PATH",
+            str(path_or_id),
+            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
+            "Check the name and the network, or give a folder.",
+        ) from error
+
+
 def build_backbone(model_type: str, settings: Mapping[str, Any], *, kind: str = "auto", seed: int = 0) -> nn.Module:
     """A model from its config alone, with random weights that depend on `seed` only; nothing is downloaded."""
     config = _config({"model_type": model_type, **settings}, model_type)
@@ -151,24 +175,8 @@ def provenance(model: nn.Module) -> dict[str, Any]:
 
 
 def _folder(path_or_id: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
-        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a model's folder or a hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CatalogError(
-            "PATH",
-            str(path_or_id),
-            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
-            "Check the name and the network, or give a folder.",
-        ) from error
-    return folder, folder.name if len(folder.name) == 40 else None
+    folder = fetch(path_or_id, revision, _FILES)
+    return folder, None if Path(path_or_id).expanduser().is_dir() or len(folder.name) != 40 else folder.name
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The self-check: a composition of one expert at weight 1 gives that expert's own output, or it is not built.
 
 Adapters have been applied with a wrong scale, transposed, or in another's place, and nothing said so. Here each expert
-is applied a second time by another path - its factors as the catalogue has them, in float64, three lines below - and
-the two are compared, at every site and through the whole model.
+is applied a second time by another path, straight from its factors as the catalogue has them (`expected`), and the two
+are compared, at every site and through the whole model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from mixwright.routing import Routing
 WHOLE_MODEL = 16
 """Pools of at most this many experts are also checked through the whole model, one pass each."""
 
-_TOKENS = 8
+_TOKENS = 2
+_AT_ONCE = 64
 
 
 class Factors(Protocol):
@@ -54,9 +55,9 @@ def self_check(model: ComposedModel, pool: Pool, inputs: Mapping[str, Any] | Non
     it was, and IncompatibleExpert (SELFCHECK) is raised.
     """
     try:
-        for expert in pool:
-            for site, mixture in model.mixtures.items():
-                _check_site(model, expert, site, mixture, pool[expert].get(site))
+        for site, mixture in model.mixtures.items():
+            for start in range(0, len(pool), _AT_ONCE):
+                _check_site(model, site, mixture, pool, list(pool)[start : start + _AT_ONCE])
         if len(pool) <= WHOLE_MODEL and model.probe.ran:
             given = example_inputs(model.backbone) if inputs is None else dict(inputs)
             for expert in pool if given is not None else ():
@@ -67,28 +68,31 @@ def self_check(model: ComposedModel, pool: Pool, inputs: Mapping[str, Any] | Non
 
 
 def expected(x: Tensor, factors: Factors | None, d_out: int) -> Tensor:
-    """s B A x in float64, straight from the factors; zeros where the expert does not adapt the site."""
+    """s B A x in float32 or wider, straight from the factors; zeros where the expert does not adapt the site."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if factors is None:
-        return x.new_zeros((*x.shape[:-1], d_out), dtype=torch.float64)
-    down, up = factors.down.to(x.device, torch.float64), factors.up.to(x.device, torch.float64)
-    return factors.scale * ((x.double() @ down.T) @ up.T)
+        return x.new_zeros((*x.shape[:-1], d_out), dtype=wide)
+    down, up = factors.down.to(x.device, wide), factors.up.to(x.device, wide)
+    return factors.scale * ((x.to(wide) @ down.T) @ up.T)
 
 
-def _check_site(model: ComposedModel, expert: str, site: str, mixture: Mixture, factors: Factors | None) -> None:
+def _check_site(model: ComposedModel, site: str, mixture: Mixture, pool: Pool, experts: Sequence[str]) -> None:
+    """The experts in one call in which row i is routed to the i-th; the mixture around them for the first of them."""
     weight = next(mixture.parameters())
     d_in = mixture.experts.get_parameter("down").shape[-1]
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, d_in, generator=draw).to(weight.device, weight.dtype)
-    index = torch.tensor([model.index(expert)], device=x.device)
-    routing = Routing(torch.ones(1, device=x.device), len(model.experts), index)
+    x = torch.randn(1, _TOKENS, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    indices = torch.tensor([model.index(expert) for expert in experts], device=x.device)[:, None, None]
+    routing = Routing(torch.ones(indices.shape, device=x.device), len(model.experts), indices)
+    first = Routing(routing.weights[:1], len(model.experts), indices[:1])
     with torch.no_grad():
-        base = 0.0 if mixture.base is None else mixture.base(x)
-        own = mixture.experts(x, routing, model.channel.condition)
-        with model.routed_by(routing):
-            mixed = mixture(x)
-        wanted = expected(x, factors, own.shape[-1])
-    _compare(own, wanted, expert, f"its output at {site}")
-    _compare(mixed, wanted + base, expert, f"the mixture's output at {site}")
+        own = mixture.experts(x.repeat(len(experts), 1, 1), routing, model.channel.condition)
+        wanted = [expected(x[0], pool[expert].get(site), own.shape[-1]) for expert in experts]
+        for row, expert in enumerate(experts):
+            _compare(own[row], wanted[row], expert, f"its output at {site}")
+        with model.routed_by(first):
+            mixed = mixture(x)[0]
+        base = 0.0 if mixture.base is None else mixture.base(x)[0]
+        _compare(mixed, wanted[0] + base, experts[0], f"the mixture's output at {site}")
 
 
 def _check_model(model: ComposedModel, expert: str, sites: Mapping[str, Factors], inputs: Mapping[str, Any]) -> None:
