@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
+
 from mixwright.backbones.hf import byte_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.composition.mixture import Mixture
@@ -13,7 +15,6 @@ from mixwright.experts.lora import LoraExperts
 from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import Site, linear_sites
-from torch import nn
 
 TEXT = "Two  words,\n\tone naïve 🙂 line.\n"
 EXPERTS = ("law", "yaml", "code")

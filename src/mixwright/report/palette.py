@@ -78,5 +78,7 @@ def _channels(colour: str) -> tuple[int, ...]:
 
 
 def _luminance(colour: str) -> float:
-    linear = [c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)]
+    linear = [
+        c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -5,7 +5,13 @@ from typing import Any
 
 from mixwright.report.markup import escape, tag
 
-_COLUMNS = (("id", "Expert"), ("source", "Source"), ("revision", "Revision"), ("licence", "Licence"), ("sha256", "SHA-256"))
+_COLUMNS = (
+    ("id", "Expert"),
+    ("source", "Source"),
+    ("revision", "Revision"),
+    ("licence", "Licence"),
+    ("sha256", "SHA-256"),
+)
 
 
 def provenance(composition: Mapping[str, Any]) -> str:
@@ -28,7 +34,8 @@ def _experts(experts: Sequence[Mapping[str, Any]]) -> str:
         return ""
     head = tag("tr", *(tag("th", escape(name), scope="col") for _, name in columns))
     rows = [
-        tag("tr", *(tag("td", tag("bdi", escape(_short(key, expert.get(key))))) for key, _ in columns)) for expert in experts
+        tag("tr", *(tag("td", tag("bdi", escape(_short(key, expert.get(key))))) for key, _ in columns))
+        for expert in experts
     ]
     table = tag("table", tag("thead", head), tag("tbody", *rows), class_="words")
     return tag("div", table, class_="wide", tabindex="0")
