@@ -1,6 +1,6 @@
 """Which experts acted on each token of one text, how much they moved the model, and what it would lose without one.
 
-Weights alone mislead: an expert with weight 0.9 whose output is tiny changes nothing. So every weight here stands beside
+Weights alone mislead: an expert with weight 0.9 whose output is tiny changes nothing. So each weight here stands beside
 a contribution, norm(w s B A u) / norm(W u): the length of what the expert adds, over the length of what the frozen
 layer gives for the same token.
 """
