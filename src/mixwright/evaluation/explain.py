@@ -96,7 +96,7 @@ def explain(
     """Explain one text: causal models read it, encoder-decoders read it and are given `target`, encoders have no loss.
 
     `without` names the expert that is left out for the counterfactual loss, masked before the choice as if it was not
-    in the pool; None takes the one that leads most tokens. Raises ValueError for an empty text, for one that is longer
+    in the pool; None takes the one that leads most tokens, where the routers can leave one out. Raises ValueError for an empty text, for one that is longer
     than the backbone takes, and for a `target` that the backbone has no decoder for.
     """
     if without is not None:
@@ -110,11 +110,10 @@ def explain(
         if losses["loss"]:
             with model.disabled():
                 losses["loss_backbone"] = _losses(model, streams, model(**inputs))
-            left_out = without or _most_frequent(model, [leader for each in leaders.values() for leader in each])
-            if left_out is not None:
-                with leaving_out(model, left_out):
+            without = without or _most_frequent(model, [leader for each in leaders.values() for leader in each])
+            if without is not None:
+                with leaving_out(model, without):
                     losses["loss_without"] = _losses(model, streams, model(**inputs))
-            without = left_out
     return Explanation(
         text=text,
         target=target,
@@ -125,23 +124,21 @@ def explain(
         weight_by_depth=tally.weight_by_depth(),
         contribution_by_depth=tally.contribution_by_depth(),
         without=without if "loss_without" in losses else None,
-        composition=asdict(model.composition),
+        composition=_described(model),
     )
 
 
 @contextmanager
 def leaving_out(model: ComposedModel, expert: str) -> Generator[None]:
-    """Inside the block no router can choose `expert`: its score is masked before the choice."""
-    index = model.index(expert)
-    masks = [mixture.router.allowed for mixture in model.mixtures.values() if hasattr(mixture.router, "allowed")]
-    before = [mask.clone() for mask in masks]  # type: ignore[union-attr]
+    """Inside the block no router can choose `expert`: its score is masked before the choice, as if it was not in the
+    pool. Raises ValueError where a router weighs all experts without choosing."""
+    before = model.active
+    model.index(expert)
     try:
-        for mask in masks:
-            mask[index] = False  # type: ignore[index]
+        model.set_active([other for other in before if other != expert])
         yield
     finally:
-        for mask, kept in zip(masks, before, strict=True):
-            mask.copy_(kept)  # type: ignore[union-attr]
+        model.set_active(None if len(before) == len(model.experts) else before)
 
 
 def _losses(model: ComposedModel, streams: dict[str, Stream], output: Any) -> dict[str, list[float | None]]:
@@ -163,6 +160,9 @@ def _predicts_next(backbone: nn.Module) -> bool:
 
 
 def _most_frequent(model: ComposedModel, leaders: Sequence[int | None]) -> str | None:
+    """The expert that leads most tokens; None where nobody leads, or where routers weigh all experts at once."""
+    if any(not hasattr(mixture.router, "allowed") for mixture in model.mixtures.values()):
+        return None
     counts = [leaders.count(expert) for expert in range(len(model.experts))]
     return model.experts[counts.index(max(counts))] if any(counts) else None
 
@@ -212,3 +212,10 @@ def _evaluating(model: ComposedModel) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _described(model: ComposedModel) -> dict[str, Any]:
+    """The composition as it is recorded, without the experts' lists of sites."""
+    described = asdict(model.composition)
+    described["experts"] = [{k: v for k, v in dict(card).items() if k != "sites"} for card in described["experts"]]
+    return described
