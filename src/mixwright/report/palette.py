@@ -18,7 +18,7 @@ NEUTRAL = ("#6b6b66", "#a5a59e")
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 PAGE = ("#fdfdfb", "#17181a")
 INK = ("#1b1c1e", "#ececea")
-_TINT = (0.20, 0.34)
+_TINT = (0.20, 0.28)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def _experts(experts: Sequence[Mapping[str, Any]]) -> str:
         return ""
     head = tag("tr", *(tag("th", escape(name), scope="col") for name in columns))
     lines = [tag("tr", *(tag("td", tag("bdi", escape(row[name]))) for name in columns)) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines), class_="words"), class_="wide", tabindex="0")
+    return tag(
+        "div", tag("table", tag("thead", head), tag("tbody", *lines), class_="words"), class_="wide", tabindex="0"
+    )
 
 
 def _row(expert: Mapping[str, Any]) -> dict[str, str]:
