@@ -15,49 +15,68 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mixwright.composition.model import ComposedModel
-from mixwright.composition.probe import probe
 from mixwright.data.collate import IGNORED, Batch
 
 
 @dataclass
 class Moments:
-    """Running sums at one site, in float64: real tokens seen, their sum, the sum of their squares."""
+    """Running sums at one site, in float64: real tokens seen, their sum, and the sum of their squares.
+
+    `squares` is (d_in,), or (d_in, d_in) with the products of all pairs of features, for a whole covariance.
+    """
 
     count: float
     total: Float[Tensor, " d_in"]
-    squares: Float[Tensor, " d_in"]
+    squares: Float[Tensor, "*paired d_in"]
+
+    @classmethod
+    def empty(cls, d_in: int, device: torch.device, *, paired: bool = False) -> "Moments":
+        """Nothing seen yet."""
+        shape = (d_in, d_in) if paired else (d_in,)
+        options = {"dtype": torch.float64, "device": device}
+        return cls(0.0, torch.zeros(d_in, **options), torch.zeros(shape, **options))
 
     def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
         """Some more tokens."""
         wide = x.double()
         self.count += len(wide)
         self.total = self.total + wide.sum(0)
-        self.squares = self.squares + wide.square().sum(0)
+        self.squares = self.squares + (wide.T @ wide if self.squares.dim() == 2 else wide.square().sum(0))
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
         """Over all tokens, float32."""
         return (self.total / max(self.count, 1.0)).float()
 
-    @property
-    def variance(self) -> Float[Tensor, " d_in"]:
-        """Over all tokens, dividing by their number, float32."""
-        mean = self.total / max(self.count, 1.0)
-        return (self.squares / max(self.count, 1.0) - mean.square()).clamp_min(0.0).float()
+    def signature(self, rank: int = 0) -> dict[str, Tensor]:
+        """`mean`, `variance` and `count`, and with a `rank` the strongest directions of the covariance as `factor`.
+
+        The factor needs moments of pairs. Divided by the number of tokens; see `routers/signature.py`.
+        """
+        count = max(self.count, 1.0)
+        mean = self.total / count
+        square = self.squares.diagonal() if self.squares.dim() == 2 else self.squares
+        variance = (square / count - mean.square()).clamp_min(0.0)
+        found = {"mean": mean.float(), "variance": variance.float(), "count": torch.tensor(self.count)}
+        if rank > 0:
+            size, axes = torch.linalg.eigh(self.squares / count - torch.outer(mean, mean))
+            strongest = (axes[:, -rank:] * size[-rank:].clamp_min(0.0).sqrt()).T.flip(0)
+            found["factor"] = strongest.float().contiguous()
+        return found
 
 
-def moments(model: ComposedModel, batches: Sequence[Batch]) -> dict[str, Moments]:
+def moments(model: ComposedModel, batches: Sequence[Batch], *, paired: bool = False) -> dict[str, Moments]:
     """Site -> moments of its input over all real tokens of `batches`, with the model as it stands (see `only`).
 
-    Targets are read by teacher forcing, so that every decoding step but the one after the last token counts.
+    Targets are read by teacher forcing, so that every decoding step but the one after the last token counts. An
+    expert's signature is made of these with the model `disabled`: they are the backbone's own.
     """
-    sites = tuple(model.mixtures)
-    streams = probe(model.backbone, sites).streams()
+    streams = model.probe.streams()
     found: dict[str, Moments] = {}
     with torch.no_grad():
         for batch in batches:
             masks = _stream_masks(batch)
-            with _watching(model, found, streams, masks):
+            with _watching(model, found, streams, masks, paired):
                 model(**_inputs(model, batch))
     return found
 
@@ -153,21 +172,24 @@ def _stream_masks(batch: Batch) -> dict[str, Bool[Tensor, "batch seq"]]:
 
 @contextmanager
 def _watching(
-    model: ComposedModel, found: dict[str, Moments], streams: Mapping[str, str], masks: Mapping[str, Tensor]
+    model: ComposedModel,
+    found: dict[str, Moments],
+    streams: Mapping[str, str],
+    masks: Mapping[str, Tensor],
+    paired: bool,
 ) -> Iterator[None]:
     with ExitStack() as hooks:
         for site, mixture in model.mixtures.items():
-            hook = _recorder(site, found, masks.get(streams[site]))
+            hook = _recorder(site, found, masks.get(streams[site]), paired)
             hooks.callback(mixture.register_forward_pre_hook(hook).remove)
         yield
 
 
-def _recorder(site: str, found: dict[str, Moments], mask: Tensor | None) -> Any:
+def _recorder(site: str, found: dict[str, Moments], mask: Tensor | None, paired: bool) -> Any:
     def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module
         x = args[0].detach()
         tokens = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
-        empty = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-        found.setdefault(site, Moments(0.0, empty, empty)).add(tokens)
+        found.setdefault(site, Moments.empty(x.shape[-1], x.device, paired=paired)).add(tokens)
 
     return record

@@ -92,18 +92,44 @@ def rerouted(name: str, routers: Mapping[str, AbstractRouter]) -> System:
     return System(name, lambda model: model.replaced(_placed(model, routers)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What a router shares beyond the paper: see `TokenRouter`. All off is PHATGOOSE."""
+
+    consensus: float = 0.0
+    pooling: float = 0.0
+    prior: float = 0.0
+    null_expert: float | None = None
+
+
 def scored(
     name: str,
     model: ComposedModel,
     scores: Mapping[str, AbstractScores],
     top_k: int,
+    *,
+    sharing: Sharing | None = None,
     offset: Float[Tensor, " experts"] | None = None,
+    experts: Mapping[str, LoraExperts] | None = None,
 ) -> System:
-    """The same experts, the best `top_k` by other scores; experts that do not adapt a site are masked there."""
-    allowed = {site: adapting(experts) for site, experts in lora(model).items()}
-    return rerouted(
-        name, {site: TokenRouter(s, top_k, allowed=allowed[site], offset=offset) for site, s in scores.items()}
-    )
+    """The best `top_k` by other scores, among the model's experts or others; who does not adapt a site is masked there."""
+    options = vars(sharing or Sharing())
+    pool = dict(experts or lora(model))
+    routers: dict[str, AbstractRouter] = {}
+    for site, score in scores.items():
+        seen = model.probe.sites[site]
+        if sharing is not None and sharing.null_expert is not None:
+            pool[site] = _with_null(pool[site])
+        allowed = adapting(pool[site])[: score.num_experts]
+        routers[site] = TokenRouter(
+            score, top_k, allowed=allowed, offset=offset, stream=seen.stream, order=seen.order, **options
+        )
+    return other_pool(name, pool, routers)
+
+
+def _with_null(experts: LoraExperts) -> LoraExperts:
+    """The same experts in a pool that ends with one more id, which has no weights."""
+    return LoraExperts(experts.down.data, experts.up.data, experts.scale, experts.num_experts + 1, experts.members)
 
 
 def prototypes(name: str, model: ComposedModel, rows: Mapping[str, Tensor], top_k: int) -> System:
