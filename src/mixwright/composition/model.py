@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixwright.catalog.card import RESERVED
 from mixwright.composition.channel import Channel
 from mixwright.composition.mixture import Mixture
-from mixwright.composition.passes import begin_encoder_pass, begin_pass, named_arguments
+from mixwright.composition.passes import begin_encoder_pass, begin_pass, end_pass, named_arguments
 from mixwright.composition.probe import Probe, encoder_of
 from mixwright.composition.probe import probe as look
 from mixwright.composition.surgery import freeze, install, uninstall
@@ -73,7 +73,7 @@ class ComposedModel(nn.Module):
         install(backbone, mixtures, self.channel)
         self._hooks = [
             backbone.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
-            backbone.register_forward_hook(self._end_pass, always_call=True),
+            backbone.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
         ]
         encoder = encoder_of(backbone)
         if encoder is not None:
@@ -110,8 +110,9 @@ class ComposedModel(nn.Module):
         begin_pass(self.channel, self._given, arguments, two_streams=two_streams)
         self._in_pass = True
 
-    def _end_pass(self, *_: Any) -> None:
+    def _end_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._in_pass = False
+        end_pass(self.channel, (*args, *kwargs.values()), output)
 
     def _begin_encoder_pass(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._in_pass:
