@@ -1,4 +1,4 @@
-"""What a pass of the backbone says about itself: its masks and lengths, read off the arguments it was called with."""
+"""What a pass of the backbone says about itself: its masks and its lengths, read off its arguments."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping

@@ -18,7 +18,7 @@ NEUTRAL = ("#6b6b66", "#a5a59e")
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 PAGE = ("#fdfdfb", "#17181a")
 INK = ("#1b1c1e", "#ececea")
-_TINT = (0.20, 0.34)
+_TINT = (0.20, 0.28)
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,7 @@ def _channels(colour: str) -> tuple[int, ...]:
 
 
 def _luminance(colour: str) -> float:
-    linear = [c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)]
+    linear = [
+        c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

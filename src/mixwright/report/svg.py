@@ -82,7 +82,9 @@ def _dot(place: int, row: Dot, low: float, high: float) -> str:
 
     interval = ""
     if row.low is not None and row.high is not None:
-        interval = f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}" class="interval {escape(row.style)}"/>'
+        interval = (
+            f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}" class="interval {escape(row.style)}"/>'
+        )
     spread = "" if row.low is None or row.high is None else f" [{row.low:.4g}, {row.high:.4g}]"
     said = tag("title", escape(f"{row.name}: {row.value:.4g}{spread}"))
     name = tag("text", escape(row.name), x="1%", y=y - 11, class_="name")
@@ -111,4 +113,6 @@ _GUTTER = 14.0
 
 
 def _chart(height: float, title: str, drawn: Sequence[str]) -> str:
-    return tag("svg", tag("title", escape(title)), *drawn, class_="chart", role="img", width="100%", height=f"{height:g}")
+    return tag(
+        "svg", tag("title", escape(title)), *drawn, class_="chart", role="img", width="100%", height=f"{height:g}"
+    )
