@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
 from mixwright.backbones.hf import byte_tokenizer
 from mixwright.backbones.tiny import FAMILIES, tiny_backbone
 from mixwright.cli import build
@@ -15,7 +17,6 @@ from mixwright.experts.lora import LoraExperts
 from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
-from typer.testing import CliRunner, Result
 
 TEXT = "Some text, to be explained."
 
@@ -51,7 +52,9 @@ def composed(family: str, home: str) -> ComposedModel:
         for path, site in linear_sites(backbone).items()
         if not path.endswith("lm_head")
     }
-    described = Composition(method="phatgoose", backbone={"path": home}, experts=({"id": "law", "licence": "MIT"}, {"id": "code"}))
+    described = Composition(
+        method="phatgoose", backbone={"path": home}, experts=({"id": "law", "licence": "MIT"}, {"id": "code"})
+    )
     return ComposedModel(backbone, mixtures, ("law", "code"), described)
 
 
@@ -117,7 +120,9 @@ def test_run_streams_the_answer_that_generate_gives(folder: Path, request: pytes
     assert found["text"] == tokenizer.decode(answer, skip_special_tokens=True)
     assert found["tokens"] == len(answer)
     assert sum(one["weight"] for one in found["experts"]) == pytest.approx(1.0)
-    assert {token["stream"] for token in found["trace"]["tokens"]} == ({"source", "target"} if family == "t5" else {"text"})
+    assert {token["stream"] for token in found["trace"]["tokens"]} == (
+        {"source", "target"} if family == "t5" else {"text"}
+    )
     printed = invoke("run", folder, "--prompt", "Once", "--max-new-tokens", 8)
     assert f"{len(answer)} tokens; " in printed.output and "%" in printed.output
 

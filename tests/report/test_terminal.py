@@ -3,8 +3,9 @@
 import io
 
 import pytest
-from mixwright.report.terminal import print_explanation
 from rich.console import Console
+
+from mixwright.report.terminal import print_explanation
 
 from .hand import explanation
 
