@@ -57,7 +57,8 @@ class RoutingMemory:
     has the batch first, so that whatever moves the rows of a cache moves these too. Those of `tokens` have the last
     tokens' states second, the present one last, so that tokens can be taken back. `depth` lasts for one pass: per stream and shape of its tokens, the sum of their routing
     probabilities `(*batch, experts)` and the number of sites `(experts,)` at which each expert could be chosen.
-    `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. Between passes it is closed.
+    `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. `unseen` counts tokens of the
+    cache that passed while nobody remembered. Between passes it is closed.
     """
 
     tokens: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -67,6 +68,7 @@ class RoutingMemory:
     )
     visits: dict[str, int] = field(default_factory=dict[str, int])
     rows: int | None = None
+    unseen: int = 0
     is_open: bool = True
 
     def begin_pass(self, rows: int | None = None) -> None:

@@ -21,7 +21,9 @@ class Mixture(nn.Module):
     def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
-            raise ValueError(f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}.")
+            raise ValueError(
+                f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}."
+            )
         self.base = base
         self.router = router
         self.experts = experts

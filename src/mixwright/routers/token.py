@@ -84,11 +84,6 @@ class TokenRouter(AbstractRouter):
         self.allowed: Tensor
         self.offset: Tensor | None
 
-    @property
-    def remembers(self) -> bool:
-        """Whether a token's routing depends on tokens of earlier passes, so that a cache has to carry a memory."""
-        return (self.pooling > 0.0 or self.prior > 0.0) and not self.stream.startswith(ALONE)
-
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The k best experts of every token, best first."""
         scores = self.scores(x)
@@ -147,6 +142,12 @@ class TokenRouter(AbstractRouter):
                 f"pooling={self.pooling}, prior={self.prior}) and needs the memory of a running pass: call the composed model, "
                 "not a layer of it, or give Condition(memory=RoutingMemory()). Activation checkpointing runs layers "
                 "again outside of the pass; switch it off, or these options."
+            )
+        if condition.memory.unseen and (self.pooling > 0.0 or self.prior > 0.0):
+            raise ValueError(
+                f"the cache holds {condition.memory.unseen} tokens of which the router at {self.stream} site {self.order} knows "
+                f"nothing, and with pooling={self.pooling}, prior={self.prior} it needs to. Give the cache that an earlier "
+                "pass of this model returned, made under the same router, or none."
             )
         return condition.memory
 
