@@ -70,7 +70,8 @@ def _worth(explanation: Explanation) -> list[str]:
     if without is None:
         return [said, "."]
     name = tag("bdi", escape(explanation.without))
-    return [f"{said}; without ", name, f" the text costs {_signed(without - loss)}."]
+    change = f"{abs(without - loss):.2f} {'more' if without >= loss else 'less'}"
+    return [f"{said}; without ", name, f" each would cost {change}."]
 
 
 def _signed(value: float) -> str:

@@ -1,8 +1,8 @@
 """One self-contained page of an evaluation: scores with intervals, how the routers behaved, what it cost.
 
 It reads what `mixwright eval --json` writes: an object whose `records` are rows of `system`, `task`, `metric`, `value`
-and, where they were measured, `low`, `high`, `n` and `seed`. Everything else that is there (`means`, `differences`, `routing`,
-`cost`, `composition`, ...) is shown as tables.
+and, where they were measured, `low`, `high`, `n` and `seed`. Everything else that is there (`means`, `differences`,
+`routing`, `cost`, `composition`, ...) is shown as tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,8 @@ def _headline(means: Sequence[Score], metrics: Sequence[str], scores: Sequence[S
     systems = len({score.system for score in scores})
     tasks = len({score.task for score in scores})
     best = tag("strong", tag("bdi", escape(ranked[0].system)))
-    said = f" is first of {systems} systems on {tasks} task{'' if tasks == 1 else 's'}: {escape(metrics[0])} {ranked[0].value:.3f}"
+    where = f"on {tasks} task{'' if tasks == 1 else 's'}"
+    said = f" is first of {systems} systems {where}: {escape(metrics[0])} {ranked[0].value:.3f}"
     gap = ""
     if len(ranked) > 1:
         margin = abs(ranked[0].value - ranked[1].value)
@@ -122,7 +123,7 @@ def _metric(metric: str, scores: Sequence[Score], means: Sequence[Score]) -> str
     )
     better = "lower" if metric.lower() in _LOWER else "higher"
     tasks = list(dict.fromkeys(score.task for score in scores if score.metric == metric))
-    note = f"Mean over tasks, {better} is better. A bar is the 95 % interval; where two bars overlap the order may be chance."
+    note = f"Mean over tasks, {better} is better. A bar is the 95 % interval; where bars overlap the order may be chance."
     lines = [_line(score, tasks, scores) for score in ranked]
     return tag(
         "section",
