@@ -5,7 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ def load_backbone(
 ) -> nn.Module:
     """A transformers model in eval mode, from a folder or a hub id.
 
-    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config. `dtype`: as the
-    weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`, `INCOMPLETE`) for a
-    folder that is missing, is an adapter, has no safetensors, needs code of its own, or lacks weights.
+    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config.
+    `dtype`: as the weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`,
+    `SHAPE`, `INCOMPLETE`) for a folder that is missing, is an adapter, has no safetensors, needs code of its own, or
+    lacks weights.
     """
     if kind not in _KINDS:
         raise ValueError(f"backbone kind {kind!r}; expected one of {', '.join(_KINDS)}.")
@@ -57,16 +58,20 @@ def load_backbone(
     config = _config(settings, name)
     loader = _auto_class(kind if kind != "auto" else _kind(config, settings))
     placed = {} if device_map is None else {"device_map": device_map}
-    model, info = loader.from_pretrained(
-        str(folder),
-        config=config,
-        dtype="auto" if dtype is None else _dtype(dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **placed,
-    )
+    wanted = "auto" if dtype is None else _dtype(dtype)
+    try:
+        model, info = loader.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
+        )
+    except RuntimeError as error:
+        raise CatalogError("SHAPE", name, f"the weights do not fit the config ({_short(error)}).") from error
     absent = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if absent:
         raise CatalogError(
@@ -94,6 +99,30 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> An
     return tokenizer
 
 
+def fetch(path_or_id: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """The folder that a path names, or the local copy of these files of a hub repository (at `revision`).
+
+    Raises CatalogError (PATH) for what is in neither place.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
+        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a folder or a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CatalogError(
+            "PATH",
+            str(path_or_id),
+            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
+            "Check the name and the network, or give a folder.",
+        ) from error
+
+
 def build_backbone(model_type: str, settings: Mapping[str, Any], *, kind: str = "auto", seed: int = 0) -> nn.Module:
     """A model from its config alone, with random weights that depend on `seed` only; nothing is downloaded."""
     config = _config({"model_type": model_type, **settings}, model_type)
@@ -118,9 +147,7 @@ def byte_tokenizer(text_model: str = "causal") -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     ends = {"causal": None, "seq2seq": "$A </s>", "encoder": "<s> $A </s>"}[text_model]
     if ends is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=ends, special_tokens=[("<s>", 2), ("</s>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=[("<s>", 2), ("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -148,24 +175,8 @@ def provenance(model: nn.Module) -> dict[str, Any]:
 
 
 def _folder(path_or_id: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
-        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a model's folder or a hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CatalogError(
-            "PATH",
-            str(path_or_id),
-            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
-            "Check the name and the network, or give a folder.",
-        ) from error
-    return folder, folder.name if len(folder.name) == 40 else None
+    folder = fetch(path_or_id, revision, _FILES)
+    return folder, None if Path(path_or_id).expanduser().is_dir() or len(folder.name) != 40 else folder.name
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
@@ -201,12 +212,13 @@ def _check_weights(folder: Path, name: str) -> None:
             name,
             "no model.safetensors"
             + (f", only {pickled[0]}, which is a pickle and is not opened" if pickled else "")
-            + ". Convert it on a machine you can spare: python -c \"from transformers import AutoModel; "
+            + '. Convert it on a machine you can spare: python -c "from transformers import AutoModel; '
             "AutoModel.from_pretrained('IN').save_pretrained('OUT')\".",
         )
 
 
 def _config(settings: Mapping[str, Any], name: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     known = _without_code(settings)
@@ -220,7 +232,7 @@ def _config(settings: Mapping[str, Any], name: str) -> Any:
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(known)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CatalogError("CONFIG", name, f"config.json does not fit {model_type} ({_short(error)}).") from error
 
 

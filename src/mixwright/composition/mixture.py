@@ -14,34 +14,47 @@ class Mixture(nn.Module):
     """y = base(x) + sum_e w_e f_e(x).
 
     `base` may be None, where the experts are the whole layer. What a foreign model asks of the layer that stood here
-    (`weight`, `in_features`, ...) is answered by the base.
+    (`weight`, `in_features`, ...) is answered by the base. `site`, `stream`, `flat` and `channel` are set when the
+    mixture is installed; `flat` means that the backbone hands this layer its tokens without a batch axis.
     """
 
     def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
-            raise ValueError(f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}.")
+            raise ValueError(
+                f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}."
+            )
         self.base = base
         self.router = router
         self.experts = experts
         self.site = ""
+        self.stream = "decoder"
+        self.flat = False
         self.channel = Channel()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Route, note the routing, apply the experts, add the base."""
-        channel = self.channel
-        if not channel.enabled and self.base is not None:
+        if not self.channel.enabled and self.base is not None:
             return self.base(x)
-        routing = channel.override or self.router(x, channel.condition)
-        channel.note(self.site, routing)
-        combined = self.experts(x, routing, channel.condition)
+        tokens = self._with_batch_axis(x)
+        routing = self.channel.override or self.router(tokens, self.channel.condition)
+        self.channel.note(self.site, routing)
+        combined = self.experts(tokens, routing, self.channel.condition)
+        if combined.dim() > x.dim():
+            combined = combined.flatten(0, 1)
         return combined if self.base is None else self.base(x) + combined.to(x.dtype)
+
+    def _with_batch_axis(self, x: Tensor) -> Tensor:
+        lengths = self.channel.lengths.get(self.stream) if self.flat else None
+        if lengths is None or x.dim() != 2 or x.shape[0] != lengths[0] * lengths[1]:
+            return x
+        return x.unflatten(0, lengths)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base")
-            if base is None:
+            if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)
