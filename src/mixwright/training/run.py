@@ -93,12 +93,11 @@ def run_stages(
 
 
 def _train(job: Job, stage: Stage, *, first: bool, resume: bool, force: bool, quiet: bool) -> Fitted:
-    before, identity = _before(job, first), dict(job.identity)
-    if not first:
-        weights = job.catalog.card(job.expert.id).files["adapter_model.safetensors"]
-        identity["expert"] = weights.sha256
-    model = _build(stage, job, before)
+    model = _build(stage, job, _before(job, first))
+    identity = dict(job.identity)
     try:
+        if not first:
+            identity["expert"] = job.catalog.card(job.expert.id).files["adapter_model.safetensors"].sha256
         fitted = fit(
             model,
             stage,
