@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mixwright.composition.channel import Channel
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
+from mixwright.sites import linear_site
 
 
 class Mixture(nn.Module):
@@ -20,7 +21,9 @@ class Mixture(nn.Module):
     def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
-            raise ValueError(f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}.")
+            raise ValueError(
+                f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}."
+            )
         self.base = base
         self.router = router
         self.experts = experts
@@ -34,8 +37,17 @@ class Mixture(nn.Module):
             return self.base(x)
         routing = channel.override or self.router(x, channel.condition)
         channel.note(self.site, routing)
-        combined = self.experts(x, routing, channel.condition)
-        return combined if self.base is None else self.base(x) + combined.to(x.dtype)
+        if self.base is None:
+            return self.experts(x, routing, channel.condition)
+        out = self.base(x)
+        if self._fresh():
+            return self.experts.onto(out, x, routing, channel.condition)
+        return out + self.experts(x, routing, channel.condition).to(out.dtype)
+
+    def _fresh(self) -> bool:
+        """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
+        base = self.base
+        return base is not None and not base._forward_hooks and linear_site("", base) is not None
 
     def __getattr__(self, name: str) -> Any:
         try:

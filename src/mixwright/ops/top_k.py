@@ -16,7 +16,8 @@ def top_k(scores: Float[Tensor, "*batch experts"], k: int) -> tuple[Float[Tensor
         values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
         return values[..., :k], indices[..., :k]
     chosen: list[Tensor] = []
-    rest = scores.detach()
+    # What was taken falls to -inf, below what came in as -inf, so that no index is taken twice.
+    rest = scores.detach().clamp_min(torch.finfo(scores.dtype).min)
     for _ in range(k):
         best = rest.argmax(-1, keepdim=True)
         chosen.append(best)
