@@ -1,7 +1,7 @@
 """Bytes on a disk: read without being led astray, written whole or not at all.
 
-Publishing is: write, fsync each file, fsync the folder, rename, fsync the parent. Each step is needed: in simulated power
-cuts a missing last fsync lost acknowledged saves, and a rename without any fsync lost most of them.
+Publishing is: write, fsync each file, fsync the folder, rename, fsync the parent. Each step is needed: in simulated
+power cuts a missing last fsync lost acknowledged saves, and a rename without any fsync lost most of them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from mixwright.errors import CatalogError
@@ -45,7 +45,9 @@ def open_regular(name: str | os.PathLike[str], *, folder: int | None = None) -> 
     try:
         kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
         if not stat.S_ISREG(kind):
-            raise CatalogError("PATH", where, f"this is {_kind(kind)}; only regular files are read. Copy the file itself.")
+            raise CatalogError(
+                "PATH", where, f"this is {_kind(kind)}; only regular files are read. Copy the file itself."
+            )
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
         raise
@@ -76,22 +78,20 @@ def read_regular(name: str | os.PathLike[str], limit: int, *, folder: int | None
         size = os.fstat(descriptor).st_size
         data = read_exactly(descriptor, limit + 1) if size <= limit else b""
         if size > limit or len(data) > limit:
-            raise CatalogError("SIZE", f'file "{os.path.basename(name)}"', f"{size} bytes; at most {limit} are accepted.")
+            raise CatalogError(
+                "SIZE", f'file "{os.path.basename(name)}"', f"{size} bytes; at most {limit} are accepted."
+            )
         return data
     finally:
         os.close(descriptor)
 
 
 def write_new(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that must not exist yet, without syncing: what `publish_folder` will sync. DISK_FULL as below."""
-    with room_for(path, len(data)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(descriptor, data)
-        except BaseException:
-            os.close(descriptor)
-            os.unlink(path)
-            raise
+    """Write a file that must not exist yet, without syncing: `publish_folder` will. Put it in `room_for` the whole."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(descriptor, data)
+    finally:
         os.close(descriptor)
 
 
@@ -146,8 +146,16 @@ def replace_folder(staging: Path, final: Path) -> None:
         _sync(staging.parent)
 
 
+def withdraw_folder(folder: Path, aside: Path) -> None:
+    """Take a folder out of sight at one instant by moving it to `aside`, so that a power cut cannot bring it back."""
+    with room_for(folder, 0):
+        os.rename(folder, aside)
+        _sync(folder.parent)
+        _sync(aside.parent)
+
+
 @contextlib.contextmanager
-def exclusive_lock(path: str | os.PathLike[str], timeout: float = 60.0) -> Iterator[None]:
+def exclusive_lock(path: str | os.PathLike[str], timeout: float = 60.0) -> Generator[None, None, None]:
     """Hold the lock file at `path` while the block runs; the system lets go of it when the process ends, however.
 
     Raises CatalogError (LOCKED) when another writer keeps it for `timeout` seconds.
@@ -161,16 +169,29 @@ def exclusive_lock(path: str | os.PathLike[str], timeout: float = 60.0) -> Itera
 
 
 @contextlib.contextmanager
-def room_for(path: str | os.PathLike[str], needed: int) -> Iterator[None]:
+def room_for(path: str | os.PathLike[str], needed: int) -> Generator[None, None, None]:
     """Turn "no space left on device" inside the block into a DISK_FULL refusal that says what is needed and free."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_full(error):
             raise
-        free = shutil.disk_usage(Path(path).parent).free
-        message = f"{needed} bytes are needed and {free} are free. Nothing was changed; make room and do it again."
-        raise CatalogError("DISK_FULL", f'writing "{Path(path).name}"', message) from None
+        raise disk_full(path, needed) from None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error of the system says that the disk, or the user's share of it, is full."""
+    return error.errno in _FULL
+
+
+def disk_full(path: str | os.PathLike[str], needed: int) -> CatalogError:
+    """The refusal (DISK_FULL) of a write to `path` that needs so many bytes."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    message = f"{needed} bytes are needed and {free} are free. Nothing was changed; make room and do it again."
+    return CatalogError("DISK_FULL", f'writing "{Path(path).name}"', message)
 
 
 def _wait_for(descriptor: int, until: float, path: str) -> None:
@@ -179,7 +200,9 @@ def _wait_for(descriptor: int, until: float, path: str) -> None:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                message = "another process is writing and did not finish in time. Wait for it, or end it, and try again."
+                message = (
+                    "another process is writing and did not finish in time. Wait for it, or end it, and try again."
+                )
                 raise CatalogError("LOCKED", path[-80:], message) from None
             time.sleep(0.01)
 

@@ -34,14 +34,12 @@ class BackboneConfig:
     """A folder or a hub id."""
     revision: str | None = None
     """Commit, tag or branch on the hub; None is the default branch."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of the weights; auto keeps the one on disk."""
-    kind: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; None keeps the one on disk."""
+    kind: Literal["auto", "causal", "seq2seq", "speech", "encoder"] = "auto"
     """Which head to load: next token, target text, or none; auto reads the model's own configuration."""
     device_map: str | None = None
     """Passed to transformers as it is, for example auto or cuda:0."""
-    trust_remote_code: bool = False
-    """Whether code that lies beside the weights may run."""
 
 
 @dataclass(frozen=True, kw_only=True)

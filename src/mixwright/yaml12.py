@@ -69,11 +69,17 @@ class _Dumper(yaml.SafeDumper):  # keeps PyYAML's own resolvers too: what either
         del data
         return True
 
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        # Unicode's own line breaks come back as spaces unless they are escaped, which only double quotes do.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         plain = all(isinstance(item, (str, int, float, bool, type(None))) for item in data)
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=plain)
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(list, _Dumper.represent_list)
 _Dumper.add_representer(tuple, _Dumper.represent_list)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)

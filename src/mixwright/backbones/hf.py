@@ -57,16 +57,20 @@ def load_backbone(
     config = _config(settings, name)
     loader = _auto_class(kind if kind != "auto" else _kind(config, settings))
     placed = {} if device_map is None else {"device_map": device_map}
-    model, info = loader.from_pretrained(
-        str(folder),
-        config=config,
-        dtype="auto" if dtype is None else _dtype(dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **placed,
-    )
+    wanted = "auto" if dtype is None else _dtype(dtype)
+    try:
+        model, info = loader.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
+        )
+    except RuntimeError as error:
+        raise CatalogError("SHAPE", name, f"the weights do not fit the config ({_short(error)}).") from error
     absent = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if absent:
         raise CatalogError(
@@ -207,6 +211,7 @@ def _check_weights(folder: Path, name: str) -> None:
 
 
 def _config(settings: Mapping[str, Any], name: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     known = _without_code(settings)
@@ -220,7 +225,7 @@ def _config(settings: Mapping[str, Any], name: str) -> Any:
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(known)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CatalogError("CONFIG", name, f"config.json does not fit {model_type} ({_short(error)}).") from error
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from mixwright.catalog.refusal import quote, refuse
 
@@ -19,7 +19,9 @@ def parse(data: bytes, where: str, *, code: str = "JSON", nan: bool = False) -> 
     stands twice in one object. NaN and infinity are let through where `nan` is set, for a schema that names them.
     """
     if _depth(data) > MAX_DEPTH:
-        raise refuse(code, where, f"it is nested deeper than {MAX_DEPTH} levels. Save it again with the tool that made it.")
+        raise refuse(
+            code, where, f"it is nested deeper than {MAX_DEPTH} levels. Save it again with the tool that made it."
+        )
 
     def constant(text: str) -> float:
         if nan:
@@ -38,8 +40,10 @@ def parse(data: bytes, where: str, *, code: str = "JSON", nan: bool = False) -> 
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         text = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise refuse(code, where, f"it is not JSON ({quote(text)}). Save it again with the tool that made it.") from None
-    if not isinstance(value, dict):
+        raise refuse(
+            code, where, f"it is not JSON ({quote(text)}). Save it again with the tool that made it."
+        ) from None
+    if not is_object(value):
         raise refuse(code, where, "it holds no JSON object; one in braces is expected.")
     return value
 
@@ -47,6 +51,16 @@ def parse(data: bytes, where: str, *, code: str = "JSON", nan: bool = False) -> 
 def render(value: dict[str, Any]) -> bytes:
     """The one way this house writes JSON: sorted, indented, UTF-8, a line end at the end. NaN is refused."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a value that JSON gave is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value that JSON gave is a list."""
+    return isinstance(value, list)
 
 
 def _depth(data: bytes) -> int:

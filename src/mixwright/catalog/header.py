@@ -1,21 +1,37 @@
 """The header of a safetensors file, read before anything is allocated, against a strict schema of our own.
 
-The library's reader accepts two tensors of one name and any size of header; this one says what each byte of the file is.
+The library's reader accepts two tensors of one name and any size of header; this one says what each byte of a file is.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from mixwright.catalog.document import parse
+from mixwright.catalog.document import is_list, is_object, parse
 from mixwright.catalog.refusal import Faults, quote, refuse, show
 
 MAX_HEADER = 2 * 1024 * 1024
 MAX_RANK_OF_TENSOR = 8
 MAX_NAME = 512
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
-_OTHER = {"F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"}
+_OTHER = {
+    "F64",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F4",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+    "BOOL",
+    "C64",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +61,9 @@ def header_length(first_bytes: bytes, file_size: int, where: str) -> int:
     if length > MAX_HEADER:
         raise refuse("HEADER", where, f"its header claims {length} bytes; at most {MAX_HEADER} are accepted.")
     if length < 2 or 8 + length > file_size:
-        message = f"its header claims {length} bytes of a file of {file_size}. The file is cut off or no safetensors file."
+        message = (
+            f"its header claims {length} bytes of a file of {file_size}. The file is cut off or no safetensors file."
+        )
         raise refuse("HEADER", where, message)
     return length
 
@@ -69,7 +87,7 @@ def read_header(data: bytes, file_size: int, where: str) -> Header:
 
 
 def _check_metadata(metadata: Any, faults: Faults) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not is_object(metadata) or not all(isinstance(value, str) for value in metadata.values()):
         faults.add("HEADER", "__metadata__ must map names to text. Save the file again with safetensors.")
 
 
@@ -77,7 +95,7 @@ def _entry(name: str, value: Any, faults: Faults) -> TensorEntry | None:
     if len(name) > MAX_NAME:
         faults.add("HEADER", f"a tensor's name has {len(name)} characters; at most {MAX_NAME} are accepted.")
         return None
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not is_object(value) or set(value) != {"dtype", "shape", "data_offsets"}:
         faults.add("HEADER", f"{quote(name)} must have exactly dtype, shape and data_offsets. Save the file again.")
         return None
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -105,8 +123,8 @@ def _dtype_fault(name: str, dtype: Any) -> tuple[str, str]:
     return "DTYPE", f"{quote(name)} has the unknown dtype {quote(dtype)}; F32, F16 and BF16 are accepted."
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return is_list(value) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_cover(entries: list[TensorEntry], size: int, faults: Faults) -> None:

@@ -14,7 +14,9 @@ from mixwright.catalog.refusal import Faults, quote
 _PREFIX = "base_model.model."
 _PATH = r"(?P<path>[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*)"
 _FACTOR = re.compile(_PATH + r"\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_\-]+))?\.weight")
-_FORBIDDEN = re.compile(r"(^|\.)(base_layer|original_module|modules_to_save)\.|(^|\.)lora_(embedding_|magnitude_vector)")
+_FORBIDDEN = re.compile(
+    r"(^|\.)(base_layer|original_module|modules_to_save)\.|(^|\.)lora_(embedding_|magnitude_vector)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,9 @@ def lay_out(config: LoraConfig, header: Header, where: str) -> dict[str, SiteLay
     faults = Faults(where)
     found = _factors(header, faults)
     if not found:
-        faults.add("INCOMPLETE", "the file holds no LoRA factors (….lora_A.weight, ….lora_B.weight): it would do nothing.")
+        faults.add(
+            "INCOMPLETE", "the file holds no LoRA factors (….lora_A.weight, ….lora_B.weight): it would do nothing."
+        )
     else:
         _check_names(config, list(found), faults)
     sites = {path: site for path in sorted(found) if (site := _site(path, found[path], config, faults)) is not None}
@@ -81,20 +85,28 @@ def _check_names(config: LoraConfig, paths: list[str], faults: Faults) -> None:
     missing = [name for name in targets if name != ALL_LINEAR and not any(names(name, path) for path in paths)]
     if missing:
         listed = ", ".join(quote(name, 40) for name in missing[:4])
-        faults.add("TARGET", f"target_modules names {listed}, but the file adapts no such module. Correct or remove it.")
+        faults.add(
+            "TARGET", f"target_modules names {listed}, but the file adapts no such module. Correct or remove it."
+        )
     for path in paths:
         if not config.adapts(path):
-            faults.add("TENSOR", f"{quote(path)} has factors, but target_modules does not name it. Name it or remove them.")
+            faults.add(
+                "TENSOR", f"{quote(path)} has factors, but target_modules does not name it. Name it or remove them."
+            )
     for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for name in pattern:
             if not any(names(name, path) for path in paths):
-                faults.add("TARGET", f"{key} names {quote(name)}, but the file adapts no such module. Correct or remove it.")
+                faults.add(
+                    "TARGET", f"{key} names {quote(name)}, but the file adapts no such module. Correct or remove it."
+                )
 
 
 def _site(path: str, sides: Mapping[str, TensorEntry], config: LoraConfig, faults: Faults) -> SiteLayout | None:
     if set(sides) != {"A", "B"}:
         missing = "B" if "A" in sides else "A"
-        faults.add("INCOMPLETE", f"{quote(path)} has no lora_{missing}; both factors are needed. Save the adapter again.")
+        faults.add(
+            "INCOMPLETE", f"{quote(path)} has no lora_{missing}; both factors are needed. Save the adapter again."
+        )
         return None
     rank, down, up = config.rank_of(path), sides["A"], sides["B"]
     for side, shape, wanted, at in (("A", down.shape, f"[{rank}, d_in]", 0), ("B", up.shape, f"[d_out, {rank}]", 1)):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mixwright.catalog.document import parse
+from mixwright.catalog.document import is_list, is_object, parse
 from mixwright.catalog.refusal import Faults, quote, show
 
 MAX_CONFIG = 256 * 1024
@@ -136,21 +136,23 @@ def _check(key: str, value: Any, faults: Faults) -> None:
     elif key not in _READ:
         near = difflib.get_close_matches(key[:64], _KNOWN, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        faults.add("CONFIG", f"unknown key {quote(key)}; ignoring it could change the result.{hint} Remove it if it is inert.")
+        faults.add(
+            "CONFIG", f"unknown key {quote(key)}; ignoring it could change the result.{hint} Remove it if it is inert."
+        )
 
 
 def _bias(key: str, value: Any, faults: Faults) -> None:
-    if value not in ("none", None) or isinstance(value, bool):
+    if value is not None and value != "none":
         faults.add("FEATURE", f'{key}={_brief(value)} changes biases of the backbone; only "none" is supported.')
 
 
 def _init(key: str, value: Any, faults: Faults) -> None:
-    if isinstance(value, (bool, str)) and value in _INITS:
-        return
     if isinstance(value, str) and value.lower().startswith(_CHANGED_BASE):
-        advice = "changes the base weights during training, so it would be wrong here. Convert it to plain LoRA with PEFT first."
-        return faults.add("FEATURE", f"{key}={quote(value)} {advice}")
-    return faults.add("FEATURE", f'{key}={_brief(value)} is not supported; true, false, "gaussian" and "orthogonal" are.')
+        advice = "Convert it to plain LoRA with PEFT first, and add the result."
+        message = f"{key}={quote(value)} changes the base weights during training, so it would be wrong here. {advice}"
+        faults.add("FEATURE", message)
+    elif not (isinstance(value, (bool, str)) and value in _INITS):
+        faults.add("FEATURE", f'{key}={_brief(value)} is not supported; true, false, "gaussian" and "orthogonal" are.')
 
 
 def _megatron(key: str, value: Any, faults: Faults) -> None:
@@ -185,7 +187,7 @@ def _count(key: str, value: Any, faults: Faults) -> None:
 
 def _mapping(key: str, value: Any, faults: Faults) -> None:
     """auto_mapping names a class to import. It is looked at for its kind and never used."""
-    if value is not None and not isinstance(value, dict):
+    if value is not None and not is_object(value):
         faults.add("CONFIG", f"{key} is {_brief(value)}; null or a mapping is accepted (and never used).")
 
 
@@ -203,13 +205,11 @@ def _alpha(key: str, value: Any, faults: Faults) -> float:
     return 1.0
 
 
-
-
 def _pattern(key: str, value: Any, read: Callable[[str, Any, Faults], Number], faults: Faults) -> dict[str, Number]:
     """rank_pattern or alpha_pattern: literal module names to numbers, in the order in which PEFT tries them."""
     if value is None:
         return {}
-    if not isinstance(value, dict) or len(value) > MAX_NAMES:
+    if not is_object(value) or len(value) > MAX_NAMES:
         faults.add("CONFIG", f"{key} is {_brief(value)}; a mapping of at most {MAX_NAMES} names is accepted.")
         return {}
     for name in value:
@@ -231,12 +231,12 @@ def _excluded(value: Any, faults: Faults) -> tuple[str, ...] | str:
 
 
 def _listing(key: str, value: Any, faults: Faults) -> tuple[str, ...] | str:
-    if value is None or (isinstance(value, list) and not value):
+    if value is None or (is_list(value) and not value):
         return ()
     if isinstance(value, str):
         _literal(key, value, faults)
         return value
-    if not isinstance(value, list) or len(value) > MAX_NAMES:
+    if not is_list(value) or len(value) > MAX_NAMES:
         faults.add("TARGET", f"{key} is {_brief(value)}; a list of at most {MAX_NAMES} module names is accepted.")
         return ()
     for name in value:
@@ -246,7 +246,7 @@ def _listing(key: str, value: Any, faults: Faults) -> tuple[str, ...] | str:
 
 def _literal(key: str, name: Any, faults: Faults) -> None:
     if not (isinstance(name, str) and len(name) <= 512 and _LITERAL.fullmatch(name)):
-        advice = "only literal module names are accepted, no patterns: letters, digits, _ and - between dots. List the names."
+        advice = "literal module names are accepted, no patterns: letters, digits, _ and - between dots. List them."
         faults.add("TARGET", f"{key} holds {_brief(name)}; {advice}")
 
 

@@ -54,15 +54,22 @@ def main() -> None:
     run_at_edge(build())
 
 
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    """Experts trained apart, composed into one model that chooses among them for every token and layer."""
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from mixwright import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+]
+
+
+def _root(version: Version = False) -> None:
+    """Experts trained apart, composed into one model that chooses among them for every token and layer."""
+    del version
 
 
 def _place(name: str | None) -> tuple[int, str]:

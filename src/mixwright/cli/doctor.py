@@ -48,12 +48,12 @@ def doctor(
         "packages": {name: _version(name) for name in ("mixwright", *_CORE)},
         "extras": {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()},
         "torch": _torch(),
-        "catalog": _catalog(catalog) if catalog else None,
+        "findings": _catalog(catalog) if catalog else None,
     }
     troubles = [
         f"package {name} is missing: pip install mixwright" for name, has in report["packages"].items() if not has
     ]
-    troubles += [f"expert {name}: {fault}" for name, fault in (report["catalog"] or {}).items() if fault]
+    troubles += [f"expert {one['expert']}: {one['code']} {one['message']}" for one in report["findings"] or ()]
     report["troubles"] = troubles
     if as_json:
         print_json(report)
@@ -85,20 +85,12 @@ def _torch() -> dict[str, Any] | None:
     }
 
 
-def _catalog(folder: str) -> dict[str, str | None]:
-    """Each expert's fault in one line; None where it is sound."""
-    from mixwright.catalog.store import Catalog
-    from mixwright.errors import CatalogError
+def _catalog(folder: str) -> list[dict[str, str]]:
+    from dataclasses import asdict
 
-    store = Catalog(folder)
-    faults: dict[str, str | None] = {}
-    for name in store.ids(active=False):
-        try:
-            store.check(name)
-            faults[name] = None
-        except CatalogError as error:
-            faults[name] = str(error)
-    return faults
+    from mixwright.catalog.store import Catalog
+
+    return [asdict(finding) for finding in Catalog(folder).check()]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -109,6 +101,4 @@ def _print(report: dict[str, Any]) -> None:
     facts.append(("free disk here", f"{report['free_disk_gib']} GiB"))
     facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
     print_table(("fact", "value"), facts)
-    if report["catalog"] is not None:
-        print_table(("expert", "state"), [(name, fault or "sound") for name, fault in report["catalog"].items()])
     print("\n".join(report["troubles"]) or "No trouble found.")

@@ -42,7 +42,7 @@ def run_at_edge(app: Callable[[], Any]) -> None:
 def _leave(error: Exception, code: str, where: str, message: str, status: int) -> None:
     if os.environ.get("MIXWRIGHT_TRACEBACK"):
         raise error
-    _say(code, where, message)
+    _say(code, where, "\n".join((message, *getattr(error, "__notes__", ()))))
     sys.exit(status)
 
 

@@ -9,11 +9,13 @@ from mixwright.routing import Condition, Routing
 class Channel:
     """What holds for the current pass. Written by `ComposedModel` only, read by its mixtures.
 
-    `condition`: of the current pass. `trace`: site -> routings, or None when nobody listens. `override`: a routing put
-    in place of what every router says. `enabled`: false makes every mixture its bare base.
+    `condition`: of the current pass. `lengths`: stream -> (batch, tokens) of the current pass. `trace`: site ->
+    routings, or None when nobody listens. `override`: a routing put in place of what every router says. `enabled`:
+    false makes every mixture its bare base.
     """
 
     condition: Condition = field(default_factory=Condition)
+    lengths: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     trace: dict[str, list[Routing]] | None = None
     override: Routing | None = None
     enabled: bool = True

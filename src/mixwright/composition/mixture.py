@@ -15,7 +15,8 @@ class Mixture(nn.Module):
     """y = base(x) + sum_e w_e f_e(x).
 
     `base` may be None, where the experts are the whole layer. What a foreign model asks of the layer that stood here
-    (`weight`, `in_features`, ...) is answered by the base.
+    (`weight`, `in_features`, ...) is answered by the base. `site`, `stream`, `flat` and `channel` are set when the
+    mixture is installed; `flat` means that the backbone hands this layer its tokens without a batch axis.
     """
 
     def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
@@ -28,32 +29,44 @@ class Mixture(nn.Module):
         self.router = router
         self.experts = experts
         self.site = ""
+        self.stream = "decoder"
+        self.flat = False
         self.channel = Channel()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Route, note the routing, apply the experts, add the base."""
-        channel = self.channel
-        if not channel.enabled and self.base is not None:
+        if not self.channel.enabled and self.base is not None:
             return self.base(x)
-        routing = channel.override or self.router(x, channel.condition)
-        channel.note(self.site, routing)
+        tokens = self._with_batch_axis(x)
+        condition = self.channel.condition
+        routing = self.channel.override or self.router(tokens, condition)
+        self.channel.note(self.site, routing)
         if self.base is None:
-            return self.experts(x, routing, channel.condition)
-        out = self.base(x)
-        if self._fresh():
-            return self.experts.onto(out, x, routing, channel.condition)
-        return out + self.experts(x, routing, channel.condition).to(out.dtype)
+            combined = self.experts(tokens, routing, condition)
+        else:
+            out = self._with_batch_axis(self.base(x))
+            if self._fresh():
+                combined = self.experts.onto(out, tokens, routing, condition)
+            else:
+                combined = out + self.experts(tokens, routing, condition).to(out.dtype)
+        return combined.flatten(0, 1) if combined.dim() > x.dim() else combined
 
     def _fresh(self) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
         base = self.base
         return base is not None and not base._forward_hooks and linear_site("", base) is not None
 
+    def _with_batch_axis(self, x: Tensor) -> Tensor:
+        lengths = self.channel.lengths.get(self.stream) if self.flat else None
+        if lengths is None or x.dim() != 2 or x.shape[0] != lengths[0] * lengths[1]:
+            return x
+        return x.unflatten(0, lengths)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base")
-            if base is None:
+            if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)

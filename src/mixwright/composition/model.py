@@ -1,8 +1,10 @@
 """A frozen backbone with mixtures at its sites, as one model."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 
 from mixwright.composition.channel import Channel
 from mixwright.composition.mixture import Mixture
+from mixwright.composition.passes import begin_encoder_pass, begin_pass, named_arguments
+from mixwright.composition.probe import Probe, encoder_of
+from mixwright.composition.probe import probe as look
 from mixwright.composition.surgery import freeze, install, uninstall
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
-from mixwright.routing import Condition, Routing, RoutingMemory
+from mixwright.routing import Condition, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +26,8 @@ class Composition:
     """What a composed model is made of, in words that can be written down: the content of `composition.yaml`."""
 
     method: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    backbone: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    backbone: Mapping[str, Any] = field(default_factory=dict[str, Any])
     experts: Sequence[Mapping[str, Any]] = ()
 
 
@@ -31,6 +36,8 @@ class ComposedModel(nn.Module):
 
     The backbone's parameters are frozen. One forward at a time for each instance: the condition and the trace of the
     current pass live in a channel that the mixtures share. Whatever is not found here is asked of the backbone.
+    `probe`: what is known of the sites; without it the backbone is run once to find out. Raises IncompatibleExpert for
+    a site that the backbone never calls.
     """
 
     def __init__(
@@ -39,17 +46,31 @@ class ComposedModel(nn.Module):
         mixtures: Mapping[str, Mixture],
         experts: Sequence[str],
         composition: Composition | None = None,
+        probe: Probe | None = None,
     ) -> None:
         super().__init__()
-        freeze(backbone)
+        self.probe = probe or look(backbone, tuple(mixtures))
+        self._asked_gradient = freeze(backbone)
         self.backbone = backbone
         self.experts = tuple(experts)
         self.composition = composition or Composition()
         self.channel = Channel()
         self._sites = tuple(mixtures)
-        self._given: Condition | None = None
+        self._given = Condition()
+        self._in_pass = False
+        self._active: tuple[str, ...] | None = None
+        self._allowed: dict[str, Tensor] = {}
+        for site, mixture in mixtures.items():
+            mixture.stream, mixture.flat = self.probe.sites[site].stream, self.probe.sites[site].flat
         install(backbone, mixtures, self.channel)
-        self._hooks = [backbone.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
+            backbone.register_forward_hook(self._end_pass, always_call=True),
+        ]
+        encoder = encoder_of(backbone)
+        if encoder is not None:
+            self._hooks.append(encoder.register_forward_pre_hook(self._begin_encoder_pass, with_kwargs=True))
+        self.__dict__["forward"] = _Forward(self)
 
     @property
     def mixtures(self) -> dict[str, Mixture]:
@@ -58,34 +79,35 @@ class ComposedModel(nn.Module):
 
     def forward(self, *args: Any, condition: Condition | None = None, **kwargs: Any) -> Any:
         """One pass of the backbone under `condition`; returns what the backbone returns."""
-        with self._under(condition):
+        with self.under(condition):
             return self.backbone(*args, **kwargs)
 
     def generate(self, *args: Any, condition: Condition | None = None, **kwargs: Any) -> Any:
         """The backbone's `generate` under `condition`: greedy, beams, sampling, with its cache."""
-        with self._under(condition):
+        with self.under(condition):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def _under(self, condition: Condition | None) -> Iterator[None]:
+    def under(self, condition: Condition | None) -> Iterator[None]:
+        """Inside the block every pass has this condition; its masks are those of each pass."""
         before, self._given = self._given, condition or self._given
         try:
             yield
         finally:
             self._given = before
-            self.channel.condition = Condition()
 
-    def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, decoder_mask = _boolean(kwargs.get("attention_mask")), _boolean(kwargs.get("decoder_attention_mask"))
-        two_streams = getattr(getattr(self.backbone, "config", None), "is_encoder_decoder", False)
-        condition = replace(
-            self._given or Condition(),
-            token_mask=decoder_mask if two_streams else mask,
-            encoder_mask=mask if two_streams else None,
-            memory=RoutingMemory(),
-        )
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        self.channel.condition = condition if first is None else condition.for_batch(first.shape[0])
+    def _begin_pass(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        two_streams = getattr(getattr(backbone, "config", None), "is_encoder_decoder", False)
+        arguments = named_arguments(backbone.forward, args, kwargs)
+        begin_pass(self.channel, self._given, arguments, two_streams=two_streams)
+        self._in_pass = True
+
+    def _end_pass(self, *_: Any) -> None:
+        self._in_pass = False
+
+    def _begin_encoder_pass(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._in_pass:
+            begin_encoder_pass(self.channel, self._given, named_arguments(encoder.forward, args, kwargs))
 
     @contextmanager
     def trace(self) -> Iterator[dict[str, list[Routing]]]:
@@ -105,11 +127,13 @@ class ComposedModel(nn.Module):
         finally:
             self.channel.override = before
 
-    def only(self, expert: str) -> Any:
+    @contextmanager
+    def only(self, expert: str) -> Iterator[None]:
         """Inside the block one expert acts everywhere, at weight 1."""
-        weights = torch.zeros(len(self.experts), device=self.backbone.device if hasattr(self.backbone, "device") else None)
-        weights[self.index(expert)] = 1.0
-        return self.routed_by(Routing(weights[None], len(self.experts), None))
+        device = next(self.backbone.parameters(), torch.zeros(())).device
+        chosen = torch.tensor([self.index(expert)], device=device)
+        with self.routed_by(Routing(torch.ones(1, device=device), len(self.experts), chosen)):
+            yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -140,26 +164,86 @@ class ComposedModel(nn.Module):
                 mixtures[site].router, mixtures[site].experts = router, members
 
     def index(self, expert: str) -> int:
-        """The pool id of an expert."""
+        """The pool id of an expert. Raises ValueError for one that is not in the model."""
         if expert not in self.experts:
             raise ValueError(f"no expert {expert!r} in this model; it has {', '.join(self.experts)}.")
         return self.experts.index(expert)
 
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The experts that the routers may choose."""
+        return self.experts if self._active is None else self._active
+
+    def set_active(self, experts: Sequence[str] | None) -> None:
+        """Let the routers choose among these experts only, until the next call; None: among all.
+
+        The others are masked out before the choice and cannot move a bit of any output. Raises ValueError where a
+        router does not choose, such as a constant one.
+        """
+        ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
+        masks = {site: _masks(mixture.router) for site, mixture in self.mixtures.items()}
+        unmasked = [site for site, found in masks.items() if not found]
+        if unmasked:
+            raise ValueError(f"the router at {unmasked[0]} weighs every expert and can't leave one out.")
+        for site, found in masks.items():
+            for name, mask in found.items():
+                whole = self._allowed.setdefault(f"{site}.router.{name}", mask.clone()).to(mask.device)
+                chosen = torch.zeros_like(mask)
+                chosen[ids] = True
+                mask.copy_(whole & chosen)
+        self._active = None if experts is None else tuple(self.experts[i] for i in sorted(ids))
+
     def added_state(self) -> dict[str, Tensor]:
-        """Every tensor that is not the backbone's, by `<site>.router...` and `<site>.experts...`."""
-        return {
+        """Every tensor that is not the backbone's, by `<site>.router...` and `<site>.experts...`.
+
+        What `set_active` leaves out at the moment is in it all the same.
+        """
+        state = {
             f"{site}.{part}.{name}": tensor
             for site, mixture in self.mixtures.items()
             for part in ("router", "experts")
             for name, tensor in getattr(mixture, part).state_dict().items()
         }
+        return {name: self._allowed.get(name, tensor).to(tensor.device) for name, tensor in state.items()}
+
+    def num_added_parameters(self) -> int:
+        """Numbers in the added state: factors, gates, scales, masks."""
+        return sum(tensor.numel() for tensor in self.added_state().values())
+
+    def print_trainable_parameters(self) -> None:
+        """One line: trainable parameters, all parameters, and their share in percent."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {100 * trainable / everything:.4f}")
+
+    def fold(self, condition: Condition | None = None) -> nn.Module:
+        """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`."""
+        from mixwright.composition.folding import fold
+
+        return fold(self, condition or Condition())
 
     def remove(self) -> nn.Module:
-        """Take every mixture out and return the backbone as it was."""
+        """Take every mixture out and return the backbone as it was, gradients asked for included."""
         for hook in self._hooks:
             hook.remove()
         uninstall(self.backbone, self.mixtures)
+        for parameter in self._asked_gradient:
+            parameter.requires_grad_(True)
+        self._sites = ()
         return self.backbone
+
+    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
+        """Write the composition as a folder that `mixwright.load` reads; the backbone is named, not copied."""
+        from mixwright.composition.saving import save
+
+        del ignored
+        save(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save, and upload the folder to the hub; `options` are those of `HfApi.create_repo` and `upload_folder`."""
+        from mixwright.composition.saving import push
+
+        return push(self, repo_id, **options)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -171,5 +255,20 @@ class ComposedModel(nn.Module):
             return getattr(backbone, name)
 
 
-def _boolean(mask: Any) -> Tensor | None:
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+class _Forward:
+    """A composed model's `forward` with the signature of its backbone's, by which trainers choose what to pass."""
+
+    def __init__(self, model: ComposedModel) -> None:
+        self.model = model
+        own = inspect.signature(model.backbone.forward)
+        extra = inspect.Parameter("condition", inspect.Parameter.KEYWORD_ONLY, default=None)
+        before = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        after = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        self.__signature__ = own.replace(parameters=[*before, extra, *after])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return ComposedModel.forward(self.model, *args, **kwargs)
+
+
+def _masks(router: AbstractRouter) -> dict[str, Tensor]:
+    return {name: mask for name, mask in router.named_buffers() if name.split(".")[-1] == "allowed"}

@@ -21,12 +21,14 @@ class Seen:
 
     `order`: its place in the pass. `stream`: the tokens it works on: `decoder` (the main stream, also of a model with
     no encoder), `encoder`, `cross` (a decoder's layer fed with encoder states), or `alone/<path>` where its input has
-    no batch and token axes of a stream, such as a pooler's. `group`: sites of one group read the same tensor.
+    no batch and token axes of a stream, such as a pooler's. `group`: sites of one group read the same tensor. `flat`:
+    the tokens come in one axis, without the batch.
     """
 
     order: int
     stream: str
     group: int
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def probe(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any] |
                 "the backbone has this layer but does not call it in a forward pass (its owner reads the weight "
                 "itself, or skips it), so an expert here would do nothing. Leave this site out.",
             )
-    return Probe(_seen(log, _stream_lengths(backbone, given or {}, log)), ran=True)
+    return Probe(_seen(log, _stream_lengths(given or {}, log)), ran=True)
 
 
 def refuse_tied(backbone: nn.Module, sites: Sequence[str]) -> None:
@@ -120,7 +122,7 @@ def _recorder(path: str, log: _Log) -> Any:
         del module
         if path not in log.inputs and args and isinstance(args[0], Tensor):
             log.inputs[path] = args[0]
-            log.versions[path] = args[0]._version  # noqa: SLF001  (the only way to see a change in place)
+            log.versions[path] = args[0]._version  # the only way to see a change in place
             log.inside[path] = log.in_encoder
 
     return record
@@ -142,45 +144,37 @@ def encoder_of(backbone: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and encoder is not backbone else None
 
 
-def _stream_lengths(backbone: nn.Module, inputs: Mapping[str, Any], log: _Log) -> dict[str, tuple[int, int]]:
-    """The leading axes (batch, tokens) of each stream's activations, as most of its sites have them."""
-    del backbone
+def _stream_lengths(inputs: Mapping[str, Any], log: _Log) -> dict[str, tuple[int, int]]:
+    """The leading axes (batch, tokens) of each stream's activations; where no input tells, as most sites have them."""
     main = inputs.get("decoder_input_ids")
-    shapes: dict[str, tuple[int, int]] = {}
-    if isinstance(main, Tensor):
-        shapes["decoder"] = (main.shape[0], main.shape[1])
-        wide = [tuple(x.shape[:2]) for path, x in log.inputs.items() if log.inside[path] and x.dim() == 3]
-        source = _commonest(wide)
-        if source is not None:
-            shapes["encoder"] = source
-        return shapes
-    wide = [tuple(x.shape[:2]) for x in log.inputs.values() if x.dim() == 3]
-    source = _commonest(wide)
-    if source is not None:
-        shapes["decoder"] = source
-    return shapes
+    if not isinstance(main, Tensor):
+        return _commonest("decoder", list(log.inputs.values()))
+    source = _commonest("encoder", [x for path, x in log.inputs.items() if log.inside[path]])
+    return {"decoder": (main.shape[0], main.shape[1]), **source}
 
 
-def _commonest(shapes: Sequence[Any]) -> tuple[int, int] | None:
-    return max(shapes, key=shapes.count) if shapes else None
+def _commonest(stream: str, activations: Sequence[Tensor]) -> dict[str, tuple[int, int]]:
+    axes = [(x.shape[0], x.shape[1]) for x in activations if x.dim() == 3]
+    return {stream: max(axes, key=axes.count)} if axes else {}
 
 
 def _seen(log: _Log, lengths: Mapping[str, tuple[int, int]]) -> dict[str, Seen]:
     groups: dict[tuple[int, int], int] = {}
     seen: dict[str, Seen] = {}
     for order, (path, x) in enumerate(log.inputs.items()):
-        key = (id(x), log.versions[path])
-        seen[path] = Seen(order, _stream(path, x, log.inside[path], lengths), groups.setdefault(key, len(groups)))
+        group = groups.setdefault((id(x), log.versions[path]), len(groups))
+        stream = _stream(x, lengths, inside=log.inside[path])
+        seen[path] = Seen(order, stream or f"alone/{path}", group, flat=stream is not None and x.dim() == 2)
     return seen
 
 
-def _stream(path: str, x: Tensor, in_encoder: bool, lengths: Mapping[str, tuple[int, int]]) -> str:
-    axes = tuple(x.shape[:2]) if x.dim() == 3 else None
-    if axes is not None and axes == lengths.get("encoder"):
-        return "encoder" if in_encoder else "cross"
-    if axes is not None and axes == lengths.get("decoder") and not in_encoder:
-        return "decoder"
-    return f"alone/{path}"
+def _stream(x: Tensor, lengths: Mapping[str, tuple[int, int]], *, inside: bool) -> str | None:
+    for name, (batch, tokens) in lengths.items():
+        if x.shape[:-1] in ((batch, tokens), (batch * tokens,)):
+            if name == "encoder":
+                return "encoder" if inside else "cross"
+            return None if inside else "decoder"
+    return None
 
 
 @contextmanager

@@ -9,11 +9,16 @@ from mixwright.composition.mixture import Mixture
 
 
 def install(backbone: nn.Module, mixtures: Mapping[str, Mixture], channel: Channel) -> None:
-    """Replace the module at each path by its mixture, whose base is that module."""
+    """Replace the module at each path by its mixture, whose base is that module.
+
+    A layer that the backbone holds under several paths is replaced at all of them, by the one mixture.
+    """
     for path, mixture in mixtures.items():
         mixture.site, mixture.channel = path, channel
         mixture.train(backbone.training)
-        _replace(backbone, path, mixture)
+        if isinstance(_owner(backbone, path), nn.TransformerEncoderLayer):
+            mixture.register_forward_hook(_nothing)  # torch's fused layer reads weights past a module without hooks
+        _replace(backbone, backbone.get_submodule(path), mixture)
 
 
 def uninstall(backbone: nn.Module, mixtures: Mapping[str, Mixture]) -> None:
@@ -21,15 +26,29 @@ def uninstall(backbone: nn.Module, mixtures: Mapping[str, Mixture]) -> None:
     for path, mixture in mixtures.items():
         if mixture.base is None:
             raise ValueError(f"the mixture at {path} has no base to put back.")
-        _replace(backbone, path, mixture.base)
+        _replace(backbone, mixture, mixture.base)
 
 
-def freeze(module: nn.Module) -> None:
-    """No parameter of `module` asks for a gradient."""
-    for parameter in module.parameters():
+def freeze(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """No parameter of `module` asks for a gradient any more; returns those that did."""
+    asked = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+    for parameter in asked:
         parameter.requires_grad_(False)
+    return asked
 
 
-def _replace(backbone: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(backbone.get_submodule(parent), name, module)
+def _owner(backbone: nn.Module, path: str) -> nn.Module:
+    return backbone.get_submodule(path.rpartition(".")[0])
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _replace(backbone: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for owner in list(backbone.modules()):
+        if owner is new:
+            continue
+        for name, child in list(owner._modules.items()):  # named_children lists a layer once
+            if child is old:
+                setattr(owner, name, new)

@@ -1,1 +1,1 @@
-"""Tasks, batches, episodes, and synthetic tasks that need no download."""
+"""Text with what is wanted of it, from files and hubs to batches."""

@@ -8,7 +8,8 @@ from torch import Tensor
 def top_k(scores: Float[Tensor, "*batch experts"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """The `k` largest scores and their indices, best first; among equals the lowest index comes first.
 
-    `torch.topk` promises no order among equals; a stable sort does, and for small k repeated maxima are cheaper.
+    `torch.topk` promises no order among equals; a stable sort does, and for small k repeated maxima are cheaper. No
+    index comes twice; where fewer than `k` scores are above -inf, the values that are left are -inf.
     """
     if k > scores.shape[-1]:
         raise ValueError(f"top_k={k} is larger than the pool of {scores.shape[-1]} experts; choose a smaller top_k.")

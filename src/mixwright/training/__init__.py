@@ -1,1 +1,1 @@
-"""Stages and the one training loop."""
+"""One loop for every stage of every method; it knows stages, batches and checkpoints, and no method."""

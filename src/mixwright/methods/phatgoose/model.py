@@ -10,15 +10,21 @@ At a site with input u_t and experts z that adapt it:
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mixwright.backbones.hf import provenance
+from mixwright.catalog.fit import fit
 from mixwright.composition.mixture import Mixture
-from mixwright.composition.model import ComposedModel
+from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.probe import Probe, probe
+from mixwright.composition.selfcheck import self_check
 from mixwright.experts.lora import LoraExperts
 from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
@@ -35,35 +41,72 @@ BACKBONE = "backbone"
 
 
 def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None") -> ComposedModel:
-    """The active experts of `catalog` on one backbone, routed by token. Steps 1 to 5 of the module's text."""
+    """The active experts of `catalog` on one backbone, routed by token: steps 1 to 5 of the module's text.
+
+    Raises ValueError for a pool that the config does not fit, CatalogError or IncompatibleExpert for an expert that
+    does not fit the backbone or fails the self-check; the backbone is then as it was.
+    """
     if len(backbones) != 1 or catalog is None:
         raise ValueError("phatgoose composes one backbone with the experts of one catalogue.")
     (backbone,) = backbones
+    catalog.bind(backbone)
     experts = [catalog.expert(expert) for expert in catalog.ids()]
+    pool = [expert.id for expert in experts] + [BACKBONE] * (config.null_expert is not None)
     if not experts:
         raise ValueError(f"the catalogue {catalog.folder} has no active expert; add one with `mixwright experts add`.")
-    pool = [expert.id for expert in experts]
-    if config.null_expert is not None:
-        pool.append(BACKBONE)
     if config.top_k > len(pool):
         raise ValueError(f"top_k={config.top_k} is larger than the pool of {len(pool)} experts; choose a smaller top_k.")
-    paths = [path for path in linear_sites(backbone) if any(path in expert.factors for expert in experts)]
-    mixtures = {path: _mixture(path, backbone.get_submodule(path), experts, len(pool), config) for path in paths}
-    return ComposedModel(backbone, mixtures, pool)
+    sites = linear_sites(backbone)
+    for expert in experts:
+        fit(expert, sites)
+    settled = replace(config, router=scored_by(experts, config.router))
+    seen = probe(backbone, [path for path in sites if any(path in expert.factors for expert in experts)])
+    mixtures = {
+        path: Mixture(backbone.get_submodule(path), _router(path, experts, settled, seen), _members(path, experts, pool, backbone))
+        for path in seen.sites
+    }
+    model = ComposedModel(backbone, mixtures, pool, _description(settled, backbone, experts), seen)
+    self_check(model, {expert.id: expert.factors for expert in experts})
+    return model
 
 
-def _mixture(
-    path: str, base: nn.Module, experts: Sequence["Expert"], num_experts: int, config: PhatgooseConfig
-) -> Mixture:
-    weight = base.get_parameter("weight")
-    factors = [expert.factors.get(path) for expert in experts] + [None] * (num_experts - len(experts))
-    members = LoraExperts.stack(
+def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], backbone: nn.Module) -> LoraExperts:
+    """The LoRAs that adapt this site, in the dtype of the layer they stand beside; the null expert has none."""
+    weight = backbone.get_submodule(path).get_parameter("weight")
+    factors = [expert.factors.get(path) for expert in experts] + [None] * (len(pool) - len(experts))
+    return LoraExperts.stack(
         [f and (f.down.to(weight.dtype), f.up.to(weight.dtype), f.scale) for f in factors], weight.device
     )
-    scores = _scores(path, experts, num_experts, config.router)
-    allowed = torch.tensor([f is not None for f in factors])
-    router = TokenRouter(scores, config.top_k, allowed=allowed, offset=_offset(experts, num_experts, config))
-    return Mixture(base, router.to(weight.device), members)
+
+
+def _router(path: str, experts: Sequence["Expert"], config: PhatgooseConfig, seen: Probe) -> TokenRouter:
+    """Steps 1 to 4, among the experts that adapt this site."""
+    offset = None
+    if config.quality:
+        gains = [float(expert.card.quality.get("gain", {}).get("value", 0.0)) for expert in experts]
+        offset = config.quality * torch.tensor(gains)
+    return TokenRouter(
+        _scores(path, experts, config.router),
+        config.top_k,
+        allowed=torch.tensor([path in expert.factors for expert in experts]),
+        offset=offset,
+        null_expert=config.null_expert,
+        pooling=config.pooling,
+        consensus=config.consensus,
+        prior=config.prior,
+        stream=seen.sites[path].stream,
+        order=seen.sites[path].order,
+    )
+
+
+def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence["Expert"]) -> Composition:
+    cards = [asdict(expert.card) for expert in experts]
+    return Composition(
+        method="phatgoose",
+        config=asdict(config),
+        backbone={**provenance(backbone), "fingerprint": fingerprint(backbone)},
+        experts=cards,
+    )
 
 
 def scored_by(experts: Sequence["Expert"], router: str) -> str:
@@ -83,17 +126,16 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
     return router
 
 
-def _scores(path: str, experts: Sequence["Expert"], num_experts: int, router: str) -> AbstractScores:
+def _scores(path: str, experts: Sequence["Expert"], router: str) -> AbstractScores:
     """Step 2. An expert that does not adapt this site scores 0 and is masked by the router."""
-    nobody = [None] * (num_experts - len(experts))
     present = [expert if path in expert.factors else None for expert in experts]
     if router == "gates":
         gates = [expert and expert.gates and expert.gates.get(path) for expert in present]
         width = next(expert.factors[path].down.shape[1] for expert in present if expert)
         zero = torch.zeros(width)
-        return PrototypeScores(torch.stack([zero if gate is None else gate.float() for gate in [*gates, *nobody]]))
+        return PrototypeScores(torch.stack([zero if gate is None else gate.float() for gate in gates]))
     if router == "signatures":
         own = [expert and expert.signatures and expert.signatures.get(path) for expert in present]
-        return SignatureScores.from_signatures([*own, *nobody])
+        return SignatureScores.from_signatures(own)
     factors = [expert and expert.factors[path] for expert in present]
-    return ArrowScores.from_lora([f and (f.down.float(), f.up.float(), f.scale) for f in [*factors, *nobody]])
+    return ArrowScores.from_lora([f and (f.down.float(), f.up.float(), f.scale) for f in factors])

@@ -1,0 +1,60 @@
+"""Objectives: (model, batch) -> the loss summed over the targets that count, in float32."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from mixwright.data.collate import IGNORED, Batch
+
+TEMPERATURE = 0.05
+
+
+def supervised(model: Any, batch: Batch) -> Tensor:
+    """The objective that a batch was made for: next token, target text, or nearest label text."""
+    objectives = {"causal": causal_lm, "seq2seq": seq2seq, "encoder": label_matching}
+    return objectives[batch.kind](model, batch)
+
+
+def causal_lm(model: Any, batch: Batch) -> Tensor:
+    """- sum_t log p(target_t | inputs up to t) over the targets that count."""
+    logits = model(**batch.inputs, use_cache=False).logits
+    return _token_loss(logits, batch.targets)
+
+
+def seq2seq(model: Any, batch: Batch) -> Tensor:
+    """- sum_t log p(target_t | source, targets before t): teacher forcing."""
+    decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels=batch.targets)
+    logits = model(
+        **batch.inputs,
+        decoder_input_ids=decoder_inputs,
+        decoder_attention_mask=(batch.targets != IGNORED).long(),
+        use_cache=False,
+    ).logits
+    return _token_loss(logits, batch.targets)
+
+
+def label_matching(model: Any, batch: Batch) -> Tensor:
+    """- sum_i log softmax_l(cos(text_i, label_l) / 0.05)[target_i], with mean-pooled embeddings by the same model.
+
+    The in-context form of a sentence encoder's contrastive loss (Reimers & Gurevych 2019; van den Oord et al. 2018),
+    whose negatives are the other labels' texts.
+    """
+    if batch.label_inputs is None:
+        raise ValueError("label matching needs batch.label_inputs, the texts of the labels.")
+    labels = embed(model, batch.label_inputs)
+    scores = embed(model, batch.inputs) @ labels.T / TEMPERATURE
+    return cross_entropy(scores, batch.targets, reduction="sum")
+
+
+def embed(model: Any, inputs: Any) -> Tensor:
+    """The mean of the last hidden state over real tokens, of length 1: `(batch, width)`, float32."""
+    hidden = model(**inputs).last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0), dim=-1)
+
+
+def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")

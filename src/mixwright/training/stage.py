@@ -1,0 +1,100 @@
+"""A stage says what is trained, on what, with which objective; the loop in `fit.py` does the rest."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mixwright.data.collate import Batch
+from mixwright.training.objectives import supervised
+
+Objective = Callable[[Any, Batch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters that learn alike. Whatever no group of a stage selects stays frozen."""
+
+    select: tuple[str, ...]
+    """Globs over parameter names; one that selects nothing is an error."""
+    lr: float
+    """Learning rate after the warm-up."""
+    maximize: bool = False
+    """Climb instead of descend: Lagrange multipliers."""
+    split: Literal["train", "val"] = "train"
+    """Whose batches give the gradient: `val` for parameters that learn on held-out data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is trained, for how long, to which end."""
+
+    name: str
+    """For messages, folders and `--stage`."""
+    groups: tuple[ParamGroup, ...]
+    """What learns; no parameter in two groups."""
+    steps: int
+    """Optimiser steps."""
+    objective: Objective = supervised
+    """(model, batch) -> the loss summed over the batch's targets; the loop divides by how many there are in the step."""
+    warmup: float = 0.06
+    """Share of the steps in which the learning rates rise from 0, which the first step has; constant afterwards."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient; None does not clip."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: hidden matrices by Muon, everything else by AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of every group."""
+    choose_every: int | None = None
+    """Score on held-out data before the first step and after every so many, and end with the best; None ends with the last."""
+    build: Callable[[nn.Module, int, "Trained | None"], nn.Module] | None = None
+    """(backbone, seed, what the stage before published) -> the model that is trained; None: the caller builds it."""
+    harvest: Callable[[nn.Module], "Trained"] | None = None
+    """What the trained model leaves for the catalogue; None: nothing."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """int(warmup * steps), as the released code of PHATGOOSE has it."""
+        return int(self.warmup * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The share of the full learning rate that update `step` (from 0) has: linear from 0, then 1."""
+        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """An expert as training leaves it: per site `(down (rank, d_in), up (d_out, rank), scale)`, and its gates if it has any."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor, float]]
+    gates: Mapping[str, Tensor] | None = None
+
+
+def select_parameters(model: nn.Module, groups: Sequence[ParamGroup]) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each group by name, in the model's order. A shared parameter goes by its first name.
+
+    Raises ValueError for a glob that selects nothing and a parameter that two groups select.
+    """
+    parameters = dict(model.named_parameters())
+    chosen: list[dict[str, nn.Parameter]] = []
+    owner: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        names = list(_names(parameters, group.select))
+        for name in names:
+            if name in owner:
+                raise ValueError(f"parameter {name} is selected by groups {owner[name]} and {index}; select it in one.")
+            owner[name] = index
+        chosen.append({name: parameters[name] for name in names})
+    return chosen
+
+
+def _names(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> Iterator[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            examples = ", ".join(list(parameters)[:3])
+            raise ValueError(f"{pattern!r} selects none of the {len(parameters)} parameters ({examples}, ...).")
+    for name in parameters:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield name

@@ -1,0 +1,206 @@
+"""One optimiser step, and the weights, optimisers and best weights that change with it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  the only name of the family
+
+from mixwright.data.batches import Batches
+from mixwright.data.collate import Batch
+from mixwright.recipe import TrainConfig
+from mixwright.training.checkpoint import Snapshot
+from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
+from mixwright.training.randomness import seed_pass
+from mixwright.training.stage import Stage, select_parameters
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Updater:
+    """theta <- optimiser(theta, clip(grad of sum of losses / number of targets)), over the groups of one stage."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        data: Batches,
+        validation: Batches | None,
+        config: TrainConfig,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.stage, self.config, self.seed, self.accelerator = model, stage, config, seed, accelerator
+        self.validation = validation
+        self.chosen = select_parameters(model, stage.groups)
+        self.parameters = {name: parameter for group in self.chosen for name, parameter in group.items()}
+        self.sources = self._sources(data)
+        self._set_trainable()
+        self.optimizers = make_optimizers(model, stage, self.chosen)
+        self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.autocast is torch.float16)
+        self.best: tuple[int, float] | None = None
+        self.best_weights: dict[str, Tensor] = {}
+
+    def step(self, step: int) -> float:
+        """Update number `step` (from 0); returns the loss per target of the training batches.
+
+        Raises ValueError for a loss or a gradient that is not finite, with the weights as they were before.
+        """
+        set_rate(self.optimizers, self.stage.rate(step))
+        self._enter_training()
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        losses = {split: self._accumulate(split, batches, step) for split, batches in self.sources.items()}
+        for split, loss in losses.items():
+            if not math.isfinite(loss):
+                raise ValueError(self._not_finite(f"the {split} loss is {loss}", step))
+        self._sum_over_processes()
+        self._apply(step)
+        return losses.get("train", next(iter(losses.values())))
+
+    def consider(self, done: int) -> None:
+        """After `done` steps, remember the weights if no earlier ones were better on held-out data; ties go to the later."""
+        every = self.stage.choose_every
+        if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
+            return
+        loss = self.held_out_loss(self.validation)
+        if self.best is None or loss <= self.best[1]:
+            self.best = (done, loss)
+            self.best_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def keep_best(self) -> tuple[int, float] | None:
+        """Put the best weights back, if any were chosen; the step they are from and their held-out loss."""
+        for name, tensor in self.best_weights.items():
+            self.parameters[name].data.copy_(tensor)
+        return self.best
+
+    @torch.no_grad()
+    def held_out_loss(self, batches: Batches) -> float:
+        """Mean loss per target over every example once, in eval mode."""
+        self.model.eval()
+        total, weight = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
+        for part in batches.in_order(self.accelerator.process_index, self.accelerator.num_processes):
+            batch = batches.take(part)
+            total += self._loss(batch).double()
+            weight += batch.weight
+        return self._reduced(total) / max(1.0, self._reduced(torch.tensor(float(weight))))
+
+    def snapshot(self, done: int) -> Snapshot:
+        """Where the run stands after `done` steps."""
+        tensors, values = optimizer_state(self.optimizers)
+        files: dict[str, Mapping[str, Tensor]] = {"weights.safetensors": self.parameters, "optimizer.safetensors": tensors}
+        if self.best is not None:
+            files["best.safetensors"] = self.best_weights
+        return Snapshot(
+            step=done,
+            tensors=files,
+            values={"optimizer": values, "scaler": self.scaler.state_dict(), "best": self.best},
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where `snapshot` was taken."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(snapshot.tensors["weights.safetensors"][name])
+        load_optimizer_state(self.optimizers, snapshot.tensors["optimizer.safetensors"], snapshot.values["optimizer"])
+        if snapshot.values["scaler"]:
+            self.scaler.load_state_dict(snapshot.values["scaler"])
+        if snapshot.values["best"] is not None:
+            self.best = (snapshot.values["best"][0], snapshot.values["best"][1])
+            device = self.accelerator.device
+            self.best_weights = {n: t.to(device) for n, t in snapshot.tensors["best.safetensors"].items()}
+
+    def _sources(self, data: Batches) -> dict[str, Batches]:
+        splits = {group.split for group in self.stage.groups}
+        if "val" in splits and self.validation is None:
+            raise ValueError(f"stage {self.stage.name} has a group that learns on held-out data; give data.validation.")
+        both: dict[str, Batches | None] = {"train": data, "val": self.validation}
+        return {split: batches for split, batches in both.items() if split in splits and batches is not None}
+
+    def _set_trainable(self, split: str | None = None) -> None:
+        """Gradients for the parameters of one split, or of every group; for nothing else in the model."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for group, parameters in zip(self.stage.groups, self.chosen, strict=True):
+            for parameter in parameters.values():
+                parameter.requires_grad_(split in (None, group.split))
+
+    def _enter_training(self) -> None:
+        """Training mode, so that the backbone's own dropout acts; running statistics of a frozen backbone stay."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def _accumulate(self, split: str, batches: Batches, step: int) -> float:
+        world, each = self.accelerator.num_processes, self.config.accumulate
+        indices = [(step * each + m) * world + self.accelerator.process_index for m in range(each)]
+        passes = [batches.batch(index) for index in indices]
+        weight = self._reduced(torch.tensor(float(sum(batch.weight for batch in passes))))
+        if weight == 0:
+            rows = ", ".join([where for batch in passes for where in batch.where][:4]) or f"batch {indices[0]}"
+            raise ValueError(f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?")
+        if len(self.sources) > 1:
+            self._set_trainable(split)
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in zip(indices, passes, strict=True):
+            seed_pass(self.seed, index)
+            loss = self._loss(batch)
+            self.scaler.scale(loss / weight).backward()
+            total += loss.detach()
+        return self._reduced(total) / weight
+
+    def _loss(self, batch: Batch) -> Tensor:
+        device = self.accelerator.device
+        with torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return self.stage.objective(self.model, batch.to(device)).float()
+
+    def _reduced(self, value: Tensor) -> float:
+        """The sum over processes."""
+        if self.accelerator.num_processes == 1:
+            return value.item()
+        return self.accelerator.reduce(value.to(self.accelerator.device), "sum").item()  # pyright: ignore
+
+    def _sum_over_processes(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat: Any = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _apply(self, step: int) -> None:
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = self._clipped()
+        if self.autocast is not torch.float16 and not math.isfinite(norm):
+            raise ValueError(self._not_finite(f"the gradient's norm is {norm}", step))
+        for parameter in self._climbing():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _clipped(self) -> float:
+        limit = math.inf if self.stage.clip is None else self.stage.clip
+        return nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+
+    def _climbing(self) -> Sequence[nn.Parameter]:
+        groups = zip(self.stage.groups, self.chosen, strict=True)
+        return [parameter for group, members in groups if group.maximize for parameter in members.values()]
+
+    def _not_finite(self, what: str, step: int) -> str:
+        return (
+            f"stage {self.stage.name}, step {step}: {what}. The weights of step {step} are kept; lower the learning rate, "
+            "check the data, or train with precision bf16 or no."
+        )
+
+
+def _low_precision(model: nn.Module) -> torch.dtype | None:
+    """The dtype to compute in when the frozen weights are of low precision and the recipe asks for none."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
