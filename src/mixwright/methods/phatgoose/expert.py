@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.probe import called_sites
 from mixwright.experts.lora import LoraExperts
 from mixwright.methods.phatgoose.config import PhatgooseConfig
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import SigmoidGate
-from mixwright.sites import linear_sites, target_sites
+from mixwright.sites import linear_sites
 from mixwright.training.stage import Trained
 
 INIT_STD = 0.01
@@ -27,7 +28,7 @@ def new_expert(backbone: nn.Module, config: PhatgooseConfig, seed: int, expert_i
     scale = config.alpha / config.rank
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     sites = linear_sites(backbone)
-    for path in target_sites(backbone, config.target_modules):
+    for path in called_sites(backbone, config.target_modules):
         site = sites[path]
         down = torch.empty(config.rank, site.d_in).normal_(0.0, INIT_STD, generator=generator)
         factors[path] = (down, torch.zeros(site.d_out, config.rank), scale)

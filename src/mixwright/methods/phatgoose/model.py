@@ -24,7 +24,7 @@ from mixwright.composition.probe import Probe, Seen, probe
 from mixwright.composition.restoring import by_site, lora_experts
 from mixwright.composition.selfcheck import self_check
 from mixwright.experts.lora import LoraExperts
-from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.methods.phatgoose.config import METHOD, PhatgooseConfig
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
@@ -156,6 +156,7 @@ def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence
         config=asdict(config),
         backbone={**provenance(backbone), "fingerprint": fingerprint(backbone)},
         experts=cards,
+        citation=METHOD.paper.bibtex,
     )
 
 
