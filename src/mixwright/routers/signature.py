@@ -23,7 +23,7 @@ SHRINKAGE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class SharedCovariance:
-    """Sigma = diag(diagonal) + factor^T factor: the mean of the experts' covariances, shrunk towards a sphere.
+    """Sigma = diag(diagonal) + factor^T factor: the mean of the experts' covariances, shrunk towards its diagonal.
 
     `diagonal` (d_in,), `factor` (rank, d_in) or None. The experts weigh the same, however much text each has.
     """
@@ -37,22 +37,23 @@ class SharedCovariance:
 
 
 def shared_covariance(signatures: Sequence[Signature | None], shrinkage: float = SHRINKAGE) -> SharedCovariance:
-    """(1 - a) mean_z Sigma_z + a (mean variance) I, with a = `shrinkage`, over the experts that have a signature.
+    """mean_z Sigma_z, its covariances between features scaled by 1 - a, a = `shrinkage`; variances as they are.
 
-    An expert with a `factor` contributes factor^T factor plus what is left of its variances on the diagonal, so that
-    the diagonal is exact; one without contributes its variances alone.
+    An expert with a `factor` contributes factor^T factor plus what is left of its variances on the diagonal; one
+    without contributes its variances alone. Shrinking towards the diagonal, not towards a sphere, keeps a few features
+    of huge variance, which language models have, from drowning all others. A feature that hardly varies counts as one
+    that varies a thousandth of the median.
     """
     if not 0.0 <= shrinkage <= 1.0:
-        raise ValueError(f"shrinkage={shrinkage}; accepted is a share from 0 (as measured) to 1 (a sphere).")
+        raise ValueError(f"shrinkage={shrinkage}; accepted is a share from 0 (as measured) to 1 (the diagonal alone).")
     present = _present(signatures)
     variance = torch.stack([signature["variance"].double() for signature in present]).mean(0)
-    sphere = variance.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal, factor = (1 - shrinkage) * variance + shrinkage * sphere, None
+    floor = 1e-3 * variance.median() + torch.finfo(torch.float32).tiny
     factors = [signature["factor"].double() for signature in present if "factor" in signature]
-    if factors and shrinkage < 1.0:
-        factor = torch.cat(factors) * ((1 - shrinkage) / len(present)) ** 0.5
-        diagonal = diagonal - (factor**2).sum(0)
-    return SharedCovariance(diagonal.clamp_min(1e-6 * sphere), factor)
+    if not factors or shrinkage == 1.0:
+        return SharedCovariance(variance.clamp_min(floor), None)
+    factor = torch.cat(factors) * ((1 - shrinkage) / len(present)) ** 0.5
+    return SharedCovariance((variance - (factor**2).sum(0)).clamp_min(floor), factor)
 
 
 class SignatureScores(AbstractScores):
