@@ -3,9 +3,9 @@
     python -m benchmarks.signatures --data ../shared/data/text_suite
 
 Signatures of the nine held-in tasks are collected on all-MiniLM-L6-v2 from training texts, with a long factor, and cut
-to every rank; the discriminants that they make are judged on test texts: how often is the best score the own task's (for
-each token, and for the mean over a text's tokens), and how far are the softmax probabilities from earned (negative log
-likelihood, chance 2.20). No expert acts. Also: texts of no task against texts of the pool by `out_of_pool`.
+to every rank; the discriminants that they make are judged on test texts: how often is the best score the own task's
+(for each token, and for the mean over a text's tokens), and how far are the softmax probabilities from earned (negative
+log likelihood, chance 2.20). No expert acts. Also: texts of no task against texts of the pool by `out_of_pool`.
 """
 
 import argparse
@@ -138,14 +138,16 @@ def main() -> None:
             whole[site].append(found[site])
         print(f"{task}: {int(found[sites[0]]['count'])} tokens, {seconds[-1]:.1f} CPU-s", flush=True)
     judges = {
-        f"rank {rank}": Judge({site: SignatureScores.from_signatures(own) for site, own in cut(whole, rank).items()})
+        f"rank {rank}": Judge(
+            {site: SignatureScores.from_signatures(own, temperature=1.0) for site, own in cut(whole, rank).items()}
+        )
         for rank in args.ranks
     }
     means = {site: PrototypeScores(torch.stack([one["mean"] for one in own])) for site, own in whole.items()}
     judges["means alone, standardised (average activation)"] = Judge(means)
     inside, outside = distances(backbone, tokenise, whole, sites, judges, args)
     results: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path | None)},
         "collect_cpu_seconds_per_task": sum(seconds) / len(seconds),
         "scores": {name: judge.result() for name, judge in judges.items()},
         "out_of_pool": {

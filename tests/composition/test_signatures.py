@@ -178,11 +178,13 @@ def test_scores_are_the_textbooks_discriminant(factor: bool, shrinkage: float) -
         covariance = covariance + each - each.diagonal().diag()
     covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().diag()
     expected = torch.log_softmax(dense_discriminant(texts[0][:50], signatures, covariance), -1).float()
-    scores = SignatureScores.from_signatures(signatures, shrinkage=shrinkage)
+    scores = SignatureScores.from_signatures(signatures, shrinkage=shrinkage, temperature=1.0)
     found = torch.log_softmax(scores(texts[0][:50]), -1)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
     cold = SignatureScores.from_signatures(signatures, shrinkage=shrinkage, temperature=2.0)(texts[0][:50])
     torch.testing.assert_close(2 * cold, scores(texts[0][:50]), atol=1e-3, rtol=1e-4)
+    usual = SignatureScores.from_signatures(signatures, shrinkage=shrinkage)(texts[0][:50])
+    torch.testing.assert_close((3 if factor else 10) * usual, scores(texts[0][:50]), atol=2e-3, rtol=1e-4)
 
 
 def test_directions_make_the_discriminant_better_and_calmer() -> None:

@@ -94,9 +94,9 @@ def collect_signatures(
     no mask for them, the ones that are not -100. `model` is a backbone, or a composed model in whatever state the
     caller put it: `with model.disabled()` gives the backbone's activations (a signature), `with model.only(expert)` the
     ones that average-activation routing asks for. For a decoder's own answers, generate them first and pass them here
-    in full.
-    `sites` default to a composed model's, or to every linear layer that runs. `rank` directions of the covariance are
-    kept, 0 for none; sites that read the same tensor share one computation. Raises ValueError where nothing was counted.
+    in full. `sites` default to a composed model's, or to every linear layer that runs. `rank` directions of the
+    covariance are kept, 0 for none; sites that read the same tensor share one computation. Raises ValueError where
+    nothing was counted.
     """
     composed = isinstance(model, ComposedModel)
     backbone = model.backbone if composed else model

@@ -77,16 +77,22 @@ class SignatureScores(AbstractScores):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:
         """The log likelihood of each expert's text against the pool's centre, for each token."""
-        return linear(x.float(), self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.float(), self.weight, self.bias)
 
     @classmethod
     def from_signatures(
-        cls, signatures: Sequence[Signature | None], *, shrinkage: float = SHRINKAGE, temperature: float = 1.0
+        cls, signatures: Sequence[Signature | None], *, shrinkage: float = SHRINKAGE, temperature: float | None = None
     ) -> "SignatureScores":
         """From one signature for each expert; None, for one without, scores 0 and has to be masked by the router.
 
-        Computed in float64. `shrinkage` as in `shared_covariance`. Raises ValueError where all are None.
+        Computed in float64. `shrinkage` as in `shared_covariance`. `temperature` None is 3 where every signature has a
+        `factor`, and 10 otherwise: activations are no Gaussians, the discriminant is too sure of itself, and these
+        made its probabilities most honest at real widths (benchmarks/signatures.py; 1 is the discriminant itself, by
+        which one expert nearly always takes all). Raises ValueError where all are None.
         """
+        if temperature is None:
+            temperature = 3.0 if all("factor" in signature for signature in _present(signatures)) else 10.0
         if temperature <= 0.0:
             raise ValueError(f"temperature={temperature}; accepted is a number above 0, 1 for the plain discriminant.")
         covariance = shared_covariance(signatures, shrinkage)
