@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 
 from mixwright.backbones.hf import byte_tokenizer
@@ -15,6 +14,7 @@ from mixwright.methods.phatgoose.config import PhatgooseConfig
 from mixwright.methods.phatgoose.recipe import stages
 from mixwright.recipe import TrainConfig
 from mixwright.training.fit import fit
+from mixwright.training.processes import process_state
 
 
 def main(target: Path, accumulate: int) -> None:
@@ -25,11 +25,11 @@ def main(target: Path, accumulate: int) -> None:
     model = stage.build(tiny_backbone("llama", attention_dropout=0.1), 0, None)
     config = TrainConfig(accumulate=accumulate, checkpoint_every=2)
     fitted = fit(model, stage, batches, config=config, folder=target.with_suffix(".run"), validation=batches)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         factors = stage.harvest(model).factors
         tensors = {f"{site}.{i}": factor[i] for site, factor in factors.items() for i in (0, 1)}
         save_file({**tensors, "losses": torch.tensor(fitted.losses)}, target)
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         torch.distributed.destroy_process_group()
 
 

@@ -53,9 +53,9 @@ def train(
     report = run(
         read_recipe(recipe, settings or ()), stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json
     )
-    from accelerate import PartialState
+    from mixwright.training.processes import process_state
 
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     if as_json:
         print_json(_plain(report))

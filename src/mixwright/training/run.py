@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from mixwright.backbones.hf import provenance
@@ -17,6 +16,7 @@ from mixwright.data.collate import Kind
 from mixwright.training.fit import Fitted, fit
 from mixwright.training.job import Job
 from mixwright.training.memory import estimate_bytes, trainable_count
+from mixwright.training.processes import process_state
 from mixwright.training.stage import Stage, Trained
 
 _TASK_TYPES: Mapping[Kind, str] = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}
@@ -93,12 +93,11 @@ def run_stages(
 
 
 def _train(job: Job, stage: Stage, *, first: bool, resume: bool, force: bool, quiet: bool) -> Fitted:
-    before, identity = _before(job, first), dict(job.identity)
-    if not first:
-        weights = job.catalog.card(job.expert.id).files["adapter_model.safetensors"]
-        identity["expert"] = weights.sha256
-    model = _build(stage, job, before)
+    model = _build(stage, job, _before(job, first))
+    identity = dict(job.identity)
     try:
+        if not first:
+            identity["expert"] = job.catalog.card(job.expert.id).files["adapter_model.safetensors"].sha256
         fitted = fit(
             model,
             stage,
@@ -112,11 +111,11 @@ def _train(job: Job, stage: Stage, *, first: bool, resume: bool, force: bool, qu
             force=force,
             quiet=quiet,
         )
-        if stage.harvest is not None and PartialState().is_main_process:
+        if stage.harvest is not None and process_state().is_main_process:
             _publish(job, stage, stage.harvest(model), fitted, first=first)
     finally:
         _take_apart(model)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     return fitted
 
 
@@ -173,7 +172,7 @@ def _plan(job: Job, stage: Stage, model: nn.Module) -> StagePlan:
         steps=stage.steps,
         trainable=trainable_count(model, stage),
         sites=tuple(getattr(model, "mixtures", {})),
-        examples_per_step=train.batch_size * train.accumulate * PartialState().num_processes,
+        examples_per_step=train.batch_size * train.accumulate * process_state().num_processes,
         memory=estimate_bytes(model, stage, job.data),
     )
 
