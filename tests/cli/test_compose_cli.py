@@ -8,7 +8,6 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mixwright import api
 from mixwright.backbones.hf import byte_tokenizer, load_backbone
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.catalog.adapter import LoraFactors
@@ -97,7 +96,6 @@ def test_refuses_a_setting_that_the_method_does_not_have(shelf: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not hasattr(api, "load"), reason="mixwright.api has no load yet")
 def test_what_was_composed_is_explained_and_runs(shelf: Path, tmp_path: Path) -> None:
     folder, text = tmp_path / "out", "name: [a, b]  # of the law"
     assert invoke("compose", *flags(shelf), "--output", folder).exit_code == 0
