@@ -1,8 +1,8 @@
 """One self-contained page of an evaluation: scores with intervals, how the routers behaved, what it cost.
 
-It reads what `mixwright eval --json` writes: an object whose `scores` are rows of `system`, `task`, `metric`, `value` and,
-where they were measured, `low`, `high`, `n` and `seed`; `metric` is the decisive one, and `means` are its rows over all
-tasks, with `minus_backbone` where it was measured. Whatever else is there (`routing`, `cost`, ...) is shown as tables.
+It reads what `mixwright eval --json` writes: an object whose `scores` are rows of `system`, `task`, `metric`, `value`
+and, where they were measured, `low`, `high`, `n` and `seed`; `metric` is the decisive one, and `means` are its rows
+over all tasks, with `minus_backbone` where it was measured. Whatever else is there is shown as tables.
 """
 
 from collections.abc import Mapping, Sequence
