@@ -23,7 +23,7 @@ def depth_section(
         ]
         rest = sum(row) - sum(segment.length for segment in listed)
         others = f"{len(order) - LISTED} others, {depth}: {_amount(rest, unit)}"
-        return listed if len(order) <= LISTED else [*listed, Segment(rest, "none", "...", others)]
+        return listed if len(order) <= LISTED else [*listed, Segment(rest, "none", "", others)]
 
     def chart(values: Sequence[Sequence[float]], full: float, unit: str, title: str) -> str:
         depths = zip(names, explanation.depths, values, strict=True)
