@@ -74,7 +74,7 @@ def _worth(explanation: Explanation) -> list[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\u2212")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\u2212")
 
 
 def _text_section(

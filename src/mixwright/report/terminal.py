@@ -47,9 +47,8 @@ def worth(explanation: Explanation) -> list[str]:
     if loss is not None and backbone is not None:
         lines.append(f"{loss:.2f} nats per token, against {backbone:.2f} of the backbone alone")
     if loss is not None and without is not None:
-        lines.append(
-            f"without {visible(str(explanation.without))}, this passage costs {without - loss:+.2f} nats per token"
-        )
+        cost = round(without - loss, 2) + 0.0  # no -0.00
+        lines.append(f"without {visible(str(explanation.without))}, this passage costs {cost:+.2f} nats per token")
     return lines
 
 
