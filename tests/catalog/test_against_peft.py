@@ -209,8 +209,10 @@ def test_a_pool_that_differs_in_rank_alpha_and_targets(tmp_path: Path, backbones
     assert catalog.check() and all(finding.level == "warning" for finding in catalog.check())
 
 
-FEATURES: dict[str, Any] = {"use_dora": True, "init_lora_weights": "pissa", "modules_to_save": ["lm_head"], "bias": "all",
-                            "layers_to_transform": [0], "lora_bias": True}  # fmt: skip
+FEATURES: dict[str, Any] = {
+    "use_dora": True, "init_lora_weights": "pissa", "modules_to_save": ["lm_head"], "bias": "all",
+    "layers_to_transform": [0], "lora_bias": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mixwright.report.markup import visible
 from mixwright.report.page import explanation_page
 
@@ -29,7 +30,9 @@ for (const frame of document.querySelectorAll("iframe")) {
   script.textContent = "window.ran = true";
   page.body.append(script);
   script.remove();
-  const found = {ran: window.ran === true, scripts: page.scripts.length, width: root.clientWidth, scroll: root.scrollWidth};
+  const found = {ran: window.ran === true, scripts: page.scripts.length};
+  found.width = root.clientWidth;
+  found.scroll = root.scrollWidth;
   found.text = [...page.querySelectorAll(".text")].map(stream => {
     const copy = stream.cloneNode(true);
     copy.querySelectorAll(".tip").forEach(tip => tip.remove());

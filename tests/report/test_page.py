@@ -5,8 +5,9 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixwright.report.markup import POLICY, visible
+
 from mixwright.report.depth_view import short_depths
+from mixwright.report.markup import POLICY, visible
 from mixwright.report.page import explanation_page
 from mixwright.report.palette import HUES, INK, LINES, NEUTRAL, PAGE, contrast, labels, looks
 

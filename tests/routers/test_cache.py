@@ -104,7 +104,9 @@ def test_routing_of_each_step_equals_that_of_one_pass(decoder: ComposedModel) ->
         decoder(input_ids=out.sequences[:, :-1], attention_mask=mask[:, :-1])
     for site, (routing,) in whole.items():
         pieces = torch.cat([step.dense() for step in steps[site]], 1)
-        torch.testing.assert_close(pieces[mask[:, :-1].bool()], routing.dense()[mask[:, :-1].bool()], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            pieces[mask[:, :-1].bool()], routing.dense()[mask[:, :-1].bool()], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
@@ -172,11 +174,17 @@ def test_a_cache_moves_its_memory() -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     tokens = torch.tensor([[20], [21]])
     out = model(input_ids=tokens, attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1), past_key_values=cache).logits
-    whole = model(input_ids=torch.cat([PROMPT, tokens], 1), attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1)).logits
+    whole = model(
+        input_ids=torch.cat([PROMPT, tokens], 1), attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1)
+    ).logits
     torch.testing.assert_close(out[:, 0], whole[:, -1], atol=1e-5, rtol=1e-5)
     cache.crop(-1)
-    out = model(input_ids=tokens + 5, attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1), past_key_values=cache).logits
-    whole = model(input_ids=torch.cat([PROMPT, tokens + 5], 1), attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1)).logits
+    out = model(
+        input_ids=tokens + 5, attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1), past_key_values=cache
+    ).logits
+    whole = model(
+        input_ids=torch.cat([PROMPT, tokens + 5], 1), attention_mask=torch.cat([MASK, torch.ones(2, 1)], 1)
+    ).logits
     torch.testing.assert_close(out[:, 0], whole[:, -1], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="cropped by 6 tokens"):
         cache.crop(-6)
@@ -190,7 +198,9 @@ def test_consensus_alone_adds_nothing_to_a_cache() -> None:
     assert not any(isinstance(layer, MemoryLayer) for layer in cache.layers)
 
 
-@pytest.mark.parametrize("make", [lambda model: model.disabled(), lambda model: model.only("e0")], ids=["disabled", "only"])
+@pytest.mark.parametrize(
+    "make", [lambda model: model.disabled(), lambda model: model.only("e0")], ids=["disabled", "only"]
+)
 def test_a_cache_of_tokens_nobody_remembers_is_refused(make: Callable[[ComposedModel], Any]) -> None:
     model = compose(llama(), **ON)
     with make(model):
@@ -293,4 +303,6 @@ def test_a_layer_that_runs_again_after_its_pass_is_refused() -> None:
     model = compose(llama(), **ON)
     model(input_ids=PROMPT)
     with pytest.raises(ValueError, match="needs the memory of a running pass"):
-        model.backbone.model.layers[0](torch.randn(1, 2, 16), position_embeddings=(torch.ones(1, 2, 8), torch.zeros(1, 2, 8)))
+        model.backbone.model.layers[0](
+            torch.randn(1, 2, 16), position_embeddings=(torch.ones(1, 2, 8), torch.zeros(1, 2, 8))
+        )

@@ -5,7 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,19 @@ def byte_tokenizer(text_model: str = "causal") -> Any:
         unk_token="<unk>",
         padding_side="left" if text_model == "causal" else "right",
         clean_up_tokenization_spaces=False,
+    )
+
+
+def bpe_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """A byte-level BPE tokenizer of `size` tokens learnt from `texts`; token 0 ends and pads a text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|end|>"
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator(texts, vocab_size=size, show_progress=False, special_tokens=[end])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=learnt._tokenizer, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
     )
 
 

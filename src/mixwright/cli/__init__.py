@@ -13,20 +13,10 @@ import typer
 from mixwright.cli.edge import run_at_edge
 
 # The order in which help shows the verbs; one that is not named here follows.
-_ORDER = [
-    "demo",
-    "methods",
-    "cite",
-    "schema",
-    "train",
-    "experts",
-    "compose",
-    "eval",
-    "explain",
-    "report",
-    "run",
-    "doctor",
-]
+_ORDER = (
+    *("demo", "train", "experts", "compose", "eval", "explain", "report", "run"),
+    *("methods", "cite", "schema", "doctor"),
+)
 
 
 def build() -> typer.Typer:

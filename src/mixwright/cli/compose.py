@@ -90,7 +90,7 @@ def _backbone(plan: "Recipe") -> Any:
     return load_backbone(
         wanted.path,
         revision=wanted.revision,
-        dtype=None if wanted.dtype == "auto" else wanted.dtype,
+        dtype=wanted.dtype,
         kind=wanted.kind,
         device_map=wanted.device_map,
     )

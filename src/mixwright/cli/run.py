@@ -85,7 +85,9 @@ def _generate(
     if not ids.shape[1]:
         raise ValueError("the prompt has no tokens; give some text.")
     stream = _Stream(tokenizer, say)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
     torch.manual_seed(seed)
     with torch.no_grad():
         model.generate(
@@ -112,8 +114,8 @@ def applied(model: "ComposedModel", routings: "dict[str, list[Routing]]") -> lis
         for routing in each:
             total += routing.dense().reshape(-1, len(model.experts)).float().sum(0).cpu()
     shares = (total / total.sum().clamp_min(1e-12)).tolist()
-    pairs = sorted(zip(model.experts, shares, strict=True), key=lambda pair: -pair[1])
-    return [(expert, share) for expert, share in pairs if share > 0]
+    order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
+    return [(model.experts[place], shares[place]) for place in order if shares[place] > 0]
 
 
 class _Stream:

@@ -100,9 +100,9 @@ def attach(memory: RoutingMemory, output: Any, given: Iterable[Any]) -> None:
             return
     if returned is not None:
         raise ValueError(
-            f"this model's routers pool over tokens (pooling or prior), and a cache of type {type(returned).__name__} "
-            "can't carry what they remember; accepted is a cache with a list of layers (transformers' DynamicCache and its "
-            "like). Pass use_cache=False, or compose with pooling=0, prior=0."
+            "this model's routers pool over tokens (pooling or prior), and a cache of type "
+            f"{type(returned).__name__} can't carry what they remember; accepted is a cache with a list of layers "
+            "(transformers' DynamicCache and its like). Pass use_cache=False, or compose with pooling=0, prior=0."
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mixwright.composition.channel import Channel
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
+from mixwright.sites import linear_site
 
 
 class Mixture(nn.Module):
@@ -37,12 +38,23 @@ class Mixture(nn.Module):
         if not self.channel.enabled and self.base is not None:
             return self.base(x)
         tokens = self._with_batch_axis(x)
-        routing = self.channel.override or self.router(tokens, self.channel.condition)
+        condition = self.channel.condition
+        routing = self.channel.override or self.router(tokens, condition)
         self.channel.note(self.site, routing)
-        combined = self.experts(tokens, routing, self.channel.condition)
-        if combined.dim() > x.dim():
-            combined = combined.flatten(0, 1)
-        return combined if self.base is None else self.base(x) + combined.to(x.dtype)
+        if self.base is None:
+            combined = self.experts(tokens, routing, condition)
+        else:
+            out = self._with_batch_axis(self.base(x))
+            if self._fresh():
+                combined = self.experts.onto(out, tokens, routing, condition)
+            else:
+                combined = out + self.experts(tokens, routing, condition).to(out.dtype)
+        return combined.flatten(0, 1) if combined.dim() > x.dim() else combined
+
+    def _fresh(self) -> bool:
+        """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
+        base = self.base
+        return base is not None and not base._forward_hooks and linear_site("", base) is not None
 
     def _with_batch_axis(self, x: Tensor) -> Tensor:
         lengths = self.channel.lengths.get(self.stream) if self.flat else None

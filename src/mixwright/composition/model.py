@@ -1,7 +1,7 @@
 """A frozen backbone with mixtures at its sites, as one model."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,8 @@ from mixwright.routing import Condition, Routing
 class Composition:
     """What a composed model is made of, in words that can be written down; see `saving` for where they go.
 
-    `config` is the method's. `backbone` has `path`, `revision`, `kind` and `architecture`. `experts` are the catalogue's
-    cards as plain data. `citation` is BibTeX.
+    `config` is the method's. `backbone` has `path`, `revision`, `kind` and `architecture`. `experts` are the cards of
+    the catalogue as plain data. `citation` is BibTeX.
     """
 
     method: str = ""
@@ -96,7 +96,7 @@ class ComposedModel(nn.Module):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def under(self, condition: Condition | None) -> Iterator[None]:
+    def under(self, condition: Condition | None) -> Generator[None]:
         """Inside the block every pass has this condition; its masks are those of each pass."""
         before, self._given = self._given, condition or self._given
         try:
@@ -119,7 +119,7 @@ class ComposedModel(nn.Module):
             begin_encoder_pass(self.channel, self._given, named_arguments(encoder.forward, args, kwargs))
 
     @contextmanager
-    def trace(self) -> Iterator[dict[str, list[Routing]]]:
+    def trace(self) -> Generator[dict[str, list[Routing]]]:
         """Collects every routing made inside the block: site path -> one routing for each pass."""
         before, self.channel.trace = self.channel.trace, {}
         try:
@@ -128,7 +128,7 @@ class ComposedModel(nn.Module):
             self.channel.trace = before
 
     @contextmanager
-    def routed_by(self, routing: Routing) -> Iterator[None]:
+    def routed_by(self, routing: Routing) -> Generator[None]:
         """Inside the block every site follows `routing`, whatever its router would say."""
         before, self.channel.override = self.channel.override, routing
         try:
@@ -137,7 +137,7 @@ class ComposedModel(nn.Module):
             self.channel.override = before
 
     @contextmanager
-    def only(self, expert: str) -> Iterator[None]:
+    def only(self, expert: str) -> Generator[None]:
         """Inside the block one expert acts everywhere, at weight 1."""
         device = next(self.backbone.parameters(), torch.zeros(())).device
         chosen = torch.tensor([self.index(expert)], device=device)
@@ -145,7 +145,7 @@ class ComposedModel(nn.Module):
             yield
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Inside the block the model is its backbone, bit for bit."""
         before, self.channel.enabled = self.channel.enabled, False
         try:
@@ -158,7 +158,7 @@ class ComposedModel(nn.Module):
         self,
         routers: Mapping[str, AbstractRouter] | None = None,
         experts: Mapping[str, AbstractExperts] | None = None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Inside the block the named sites use other routers, or other experts: one backbone, many systems."""
         mixtures = self.mixtures
         before = {site: (mixture.router, mixture.experts) for site, mixture in mixtures.items()}
@@ -186,8 +186,8 @@ class ComposedModel(nn.Module):
     def set_active(self, experts: Sequence[str] | None) -> None:
         """Let the routers choose among these experts only, until the next call; None: among all.
 
-        The others are masked out before the choice and cannot move a bit of any output; a null expert stays. Raises ValueError where a
-        router does not choose, such as a constant one.
+        The others are masked out before the choice and cannot move a bit of any output; a null expert stays. Raises
+        ValueError where a router does not choose, such as a constant one.
         """
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
         ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
@@ -208,7 +208,7 @@ class ComposedModel(nn.Module):
 
         What `set_active` leaves out at the moment is in it all the same.
         """
-        state = {
+        state: dict[str, Tensor] = {
             f"{site}.{part}.{name}": tensor
             for site, mixture in self.mixtures.items()
             for part in ("router", "experts")

@@ -1,4 +1,4 @@
-"""A composition on disk: four files in one folder, which appears whole or not at all. The backbone is named, not copied.
+"""A composition on disk: four files in a folder that appears whole or not at all. The backbone is named, not copied.
 
 `composition.yaml` says what it is, `added.safetensors` holds every tensor that is not the backbone's,
 `experts.lock.json` says where each expert came from and what its bytes were, and `README.md` is the card for people

@@ -5,7 +5,7 @@ is applied a second time by another path, straight from its factors as the catal
 are compared, at every site and through the whole model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,7 +113,7 @@ def _check_model(model: ComposedModel, expert: str, sites: Mapping[str, Factors]
 
 
 @contextmanager
-def _plain_hooks(model: ComposedModel, sites: Mapping[str, Factors]) -> Iterator[None]:
+def _plain_hooks(model: ComposedModel, sites: Mapping[str, Factors]) -> Generator[None]:
     """The expert on the bare backbone by forward hooks: no mixture, no router, no stacked experts."""
     with ExitStack() as hooks:
         for site, mixture in model.mixtures.items():

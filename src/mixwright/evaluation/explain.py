@@ -96,8 +96,8 @@ def explain(
     """Explain one text: causal models read it, encoder-decoders read it and are given `target`, encoders have no loss.
 
     `without` names the expert that is left out for the counterfactual loss, masked before the choice as if it was not
-    in the pool; None takes the one that leads most tokens, where the routers can leave one out. Raises ValueError for an empty text, for one that is longer
-    than the backbone takes, and for a `target` that the backbone has no decoder for.
+    in the pool; None takes the one that leads most tokens, where the routers can leave one out. Raises ValueError for
+    an empty text, for one that is longer than the backbone takes, and for a `target` without a decoder to give it to.
     """
     if without is not None:
         model.index(without)

@@ -22,6 +22,16 @@ class AbstractExperts(nn.Module, ABC):
     ) -> Float[Tensor, "*batch d_out"]:
         """The experts' combined output for `x`."""
 
+    def onto(
+        self,
+        base: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        routing: Routing,
+        condition: Condition,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """`base` plus the experts' output. Kinds that can add in place do so: `base` must be nobody else's."""
+        return base + self(x, routing, condition).to(base.dtype)
+
 
 class AbstractDeltas(nn.Module, ABC):
     """Experts that combine parameters: theta + sum_e w_e delta_e."""

@@ -30,7 +30,10 @@ class LoraExperts(AbstractExperts):
         super().__init__()
         ids = list(range(num_experts) if members is None else members)
         if not (len(ids) == down.shape[0] == up.shape[0] == scale.shape[0]):
-            raise ValueError(f"{len(ids)} members, but down, up and scale hold {down.shape[0]}, {up.shape[0]}, {scale.shape[0]}.")
+            held = ", ".join(str(tensor.shape[0]) for tensor in (down, up, scale))
+            raise ValueError(
+                f"{len(ids)} members, but down, up and scale hold {held}; give one row of each per member."
+            )
         self.num_experts = num_experts
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
@@ -53,14 +56,29 @@ class LoraExperts(AbstractExperts):
     ) -> Float[Tensor, "*batch d_out"]:
         """sum_e w_e s_e B_e A_e x over the members."""
         del condition
+        return combine_lora(x, self.down, self.up, self.scale, *self._rows(routing))
+
+    def onto(
+        self,
+        base: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        routing: Routing,
+        condition: Condition,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The same added to `base`, in its memory where no gradient is recorded."""
+        if base.dtype != x.dtype:
+            return base + self(x, routing, condition).to(base.dtype)
+        return combine_lora(x, self.down, self.up, self.scale, *self._rows(routing), onto=base)
+
+    def _rows(self, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Weights and rows of the members that act; a weight for one that is no member becomes zero."""
         weights, indices = routing.weights, routing.indices
-        if not self.complete and indices is None:
-            weights = weights[..., self.members]
-        elif not self.complete and indices is not None:
-            rows = self.slot[indices]
-            weights = weights.masked_fill(rows < 0, 0.0)
-            indices = rows.clamp_min(0)
-        return combine_lora(x, self.down, self.up, self.scale, weights, indices)
+        if self.complete:
+            return weights, indices
+        if indices is None:
+            return weights[..., self.members], None
+        rows = self.slot[indices]
+        return weights.masked_fill(rows < 0, 0.0), rows.clamp_min(0)
 
     @classmethod
     def stack(

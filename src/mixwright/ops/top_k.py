@@ -8,8 +8,8 @@ from torch import Tensor
 def top_k(scores: Float[Tensor, "*batch experts"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """The `k` largest scores and their indices, best first; among equals the lowest index comes first.
 
-    `torch.topk` promises no order among equals; a stable sort does, and for small k repeated maxima are cheaper. Where
-    fewer than `k` scores are above -inf, the values that are left are -inf, and the ids beside them mean nothing.
+    `torch.topk` promises no order among equals; a stable sort does, and for small k repeated maxima are cheaper. No
+    index comes twice; where fewer than `k` scores are above -inf, the values that are left are -inf.
     """
     if k > scores.shape[-1]:
         raise ValueError(f"top_k={k} is larger than the pool of {scores.shape[-1]} experts; choose a smaller top_k.")
@@ -17,15 +17,12 @@ def top_k(scores: Float[Tensor, "*batch experts"], k: int) -> tuple[Float[Tensor
         values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
         return values[..., :k], indices[..., :k]
     chosen: list[Tensor] = []
-    found: list[Tensor] = []
-    rest = scores.detach()
+    # What was taken falls to -inf, below what came in as -inf, so that no index is taken twice.
+    rest = scores.detach().clamp_min(torch.finfo(scores.dtype).min)
     for _ in range(k):
         best = rest.argmax(-1, keepdim=True)
         chosen.append(best)
-        found.append(rest.gather(-1, best))
         if len(chosen) < k:
             rest = rest.scatter(-1, best, -torch.inf)
     indices = torch.cat(chosen, -1)
-    # A second look at -inf finds an expert that is already chosen: its score must not come back.
-    exhausted = torch.cat(found, -1) == -torch.inf
-    return scores.gather(-1, indices).masked_fill(exhausted, -torch.inf), indices
+    return scores.gather(-1, indices), indices

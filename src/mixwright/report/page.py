@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from mixwright.evaluation.explain import Explanation
 from mixwright.report.depth_view import contribution_section, depth_section
 from mixwright.report.markup import document, escape, table, tag
-from mixwright.report.palette import Look, looks, neutral
+from mixwright.report.palette import Look, looks, neutral, palette_rules
 from mixwright.report.prominence import by_prominence
 from mixwright.report.provenance import provenance
 from mixwright.report.svg import Dot, dots
@@ -35,13 +35,6 @@ def explanation_page(explanation: Explanation) -> str:
     ]
     shown = {styles[expert]: drawn[expert] for expert in order}
     return document("Which expert acted on which token", body, palette_rules(shown))
-
-
-def palette_rules(styles: Mapping[str, Look]) -> str:
-    """Style rules that give each expert's class its colours on light and on dark pages, and its underline."""
-    light = "".join(f".{c}{{--c:{k.colour[0]};--t:{k.tint[0]};--u:{k.line}}}\n" for c, k in styles.items())
-    dark = "".join(f".{c}{{--c:{k.colour[1]};--t:{k.tint[1]}}}\n" for c, k in styles.items())
-    return f"{light}@media screen and (prefers-color-scheme:dark){{\n{dark}}}\n"
 
 
 def _headline(explanation: Explanation, order: Sequence[str]) -> list[str]:
@@ -77,7 +70,8 @@ def _worth(explanation: Explanation) -> list[str]:
     if without is None:
         return [said, "."]
     name = tag("bdi", escape(explanation.without))
-    return [f"{said}; without ", name, f" the text costs {_signed(without - loss)}."]
+    change = f"{abs(without - loss):.2f} {'more' if without >= loss else 'less'}"
+    return [f"{said}; without ", name, f" each would cost {change}."]
 
 
 def _signed(value: float) -> str:

@@ -1,6 +1,6 @@
 """A colour, an underline and a short label for each expert: colour alone is never the only sign."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Light and dark shade of each hue, told apart by eyes without red or green; each has 3:1 against its page.
@@ -59,6 +59,13 @@ def labels(experts: Sequence[str]) -> dict[str, str]:
         label = next((one.capitalize() for one in tries if one.capitalize() not in taken.values()), f"#{number}")
         taken[expert] = label
     return taken
+
+
+def palette_rules(styles: Mapping[str, Look]) -> str:
+    """Style rules that give each expert's class its colours on light and on dark pages, and its underline."""
+    light = "".join(f".{c}{{--c:{k.colour[0]};--t:{k.tint[0]};--u:{k.line}}}\n" for c, k in styles.items())
+    dark = "".join(f".{c}{{--c:{k.colour[1]};--t:{k.tint[1]}}}\n" for c, k in styles.items())
+    return f"{light}@media screen and (prefers-color-scheme:dark){{\n{dark}}}\n"
 
 
 def mix(colour: str, page: str, share: float) -> str:

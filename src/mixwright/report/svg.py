@@ -88,8 +88,15 @@ def _dot(place: int, row: Dot, low: float, high: float) -> str:
     spread = "" if row.low is None or row.high is None else f" [{row.low:.4g}, {row.high:.4g}]"
     said = tag("title", escape(f"{row.name}: {row.value:.4g}{spread}"))
     name = tag("text", escape(row.name), x="1%", y=y - 11, class_="name")
+    figure = tag("text", f"{row.value:.4g}", x="99%", y=y - 11, class_="name end")
     track = f'<line x1="1%" x2="99%" y1="{y}" y2="{y}" class="rule"/>'
-    return name + track + interval + tag("circle", said, cx=x(row.value), cy=y, r="5.5", class_=f"dot {row.style}")
+    return (
+        name
+        + figure
+        + track
+        + interval
+        + tag("circle", said, cx=x(row.value), cy=y, r="5.5", class_=f"dot {row.style}")
+    )
 
 
 def sparkline(values: Sequence[float], most: float, style: str, title: str) -> str:
