@@ -145,5 +145,5 @@ def test_an_expert_that_is_there_is_not_trained_over(tmp_path: Path) -> None:
     train(recipe_for(tmp_path), stage="expert")
     with pytest.raises(ValueError, match="expert toy is in the catalogue .* train only a later stage"):
         train(recipe_for(tmp_path))
-    with pytest.raises(ValueError, match="not from this run"):
+    with pytest.raises(ValueError, match="already, from another run; choose another"):
         train(recipe_for(tmp_path, seed=1), resume=True)

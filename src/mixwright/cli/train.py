@@ -1,5 +1,6 @@
 """`train`: an expert out of a recipe, and its gate."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,9 +51,12 @@ def train(
     from mixwright.api import train as run
     from mixwright.recipe import read_recipe
 
-    report = run(
-        read_recipe(recipe, settings or ()), stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json
-    )
+    decoded = read_recipe(recipe, settings or ())
+    try:
+        report = run(decoded, stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json)
+    except KeyboardInterrupt as stopped:
+        print(f"mixwright: {stopped}", file=sys.stderr)  # typer keeps the exit code and drops the words
+        raise
     from mixwright.training.processes import process_state
 
     if not process_state().is_main_process:
