@@ -146,9 +146,9 @@ def test_mixed_precision_trains_and_leaves_float32_weights(
 def test_a_backbone_of_low_precision_is_trained_on_in_its_own(
     backbone: Callable[..., nn.Module], batches: Callable[..., Batches], small: PhatgooseConfig
 ) -> None:
-    low = backbone("causal").bfloat16()
+    low, trained = backbone("causal").bfloat16(), None
     for stage in stages(small):
-        model = stage.build(low, 0, None) if stage.name == "expert" else stage.build(low, 0, trained)
+        model = stage.build(low, 0, trained)
         fitted = fit(model, stage, batches("causal"))
         trained = stage.harvest(model)
         model.remove()
