@@ -1,4 +1,4 @@
-"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. The one place that joins methods with the rest."""
+"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,8 +49,8 @@ def train(
     """Train an expert as a recipe (a value, a mapping, or a YAML file) says, and put it into the recipe's catalogue.
 
     `stage` runs one of the method's stages alone. `resume` goes on where the same run was cut off, to the same weights.
-    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and checks
-    everything, and says what training would need. Under torchrun every process calls this.
+    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and
+    checks everything, and says what training would need. Under torchrun every process calls this.
 
     Raises ValueError for a fault in the recipe or the data (key, or file and line), CatalogError for a refusal.
     """
@@ -63,7 +63,7 @@ def train(
     backbone = load_backbone(
         source.path,
         revision=source.revision,
-        dtype=None if source.dtype == "auto" else source.dtype,
+        dtype=source.dtype,
         kind=source.kind,
         device_map=source.device_map,
     )
