@@ -8,13 +8,14 @@ PINS := pyproject.toml constraints.txt
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check format bench clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    experts trained on this machine's own text, composed, compared and shown"
 	@echo "make test    linters, types, the layer contract, budgets and all tests"
 	@echo "make check   only the linters, types and the layer contract"
+	@echo "make format  what the linters can mend by themselves"
 	@echo "make bench   the benchmarks; results go to benchmarks/results"
 	@echo "make clean   remove .venv and what tools left"
 
@@ -34,6 +35,10 @@ check: .venv/dev
 	@$(BIN)/lint-imports --no-logo
 	@echo "== pyright, strict"
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
 
 bench: .venv/bench
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mixwright.errors import CatalogError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 
 
@@ -126,7 +126,11 @@ def publish_folder(staging: Path, final: Path) -> None:
     with room_for(final, 0):
         _sync_tree(staging)
         os.rename(staging, final)
-        _sync(final.parent)
+        try:
+            _sync(final.parent)
+        except OSError:
+            os.rename(final, staging)  # not certain to last, so not published
+            raise
 
 
 def replace_folder(staging: Path, final: Path) -> None:

@@ -53,11 +53,13 @@ class SupportSet:
 class RoutingMemory:
     """What earlier sites of this pass, and earlier tokens of these sequences, decided.
 
-    `tokens`, by site, and `sources`, by the order of cross-attention sites, last as long as their sequences: every tensor
-    has the batch first, so that whatever moves the rows of a cache moves these too. Those of `tokens` have the last
-    tokens' states second, the present one last, so that tokens can be taken back. `depth` lasts for one pass: per stream and shape of its tokens, the sum of their routing
-    probabilities `(*batch, experts)` and the number of sites `(experts,)` at which each expert could be chosen.
-    `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. Between passes it is closed.
+    `tokens`, by site, and `sources`, by the order of cross-attention sites, last as long as their sequences: every
+    tensor has the batch first, so that whatever moves the rows of a cache moves these too. Those of `tokens` have the
+    last tokens' states second, the present one last, so that tokens can be taken back. `depth` lasts for one pass: per
+    stream and shape of its tokens, the sum of their routing probabilities `(*batch, experts)` and the number of sites
+    `(experts,)` at which each expert could be chosen.
+    `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. `unseen` counts tokens of the
+    cache that passed while nobody remembered. Between passes it is closed.
     """
 
     tokens: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -67,6 +69,7 @@ class RoutingMemory:
     )
     visits: dict[str, int] = field(default_factory=dict[str, int])
     rows: int | None = None
+    unseen: int = 0
     is_open: bool = True
 
     def begin_pass(self, rows: int | None = None) -> None:
@@ -105,9 +108,9 @@ class RoutingMemory:
         held = min((states.shape[1] for states in self.tokens.values()), default=count + 1)
         if count >= held:
             raise ValueError(
-                f"the cache is cropped by {count} tokens, but what the routers remember (pooling or prior) can be taken "
-                f"back by {held - 1} here: the tokens of the last pass, at most {_KEPT - 1}. Decode without an assistant "
-                "model of this kind, or compose with pooling=0, prior=0."
+                f"the cache is cropped by {count} tokens, but what the routers remember (pooling or prior) can be "
+                f"taken back by {held - 1} here: the tokens of the last pass, at most {_KEPT - 1}. Decode without an "
+                "assistant model of this kind, or compose with pooling=0, prior=0."
             )
         if count:
             self.tokens = {name: states[:, :-count] for name, states in self.tokens.items()}

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -33,18 +35,28 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
     return {path: site for path, site in found if site is not None}
 
 
+def fused_sites(model: nn.Module) -> tuple[str, ...]:
+    """Linear layers that a faster implementation of the model reads past, so that an expert there may do nothing.
+
+    State-space mixers hand `out_proj` to a fused kernel as a bare weight; torch's attention does with its own.
+    """
+    mixers = getattr(getattr(model, "config", None), "model_type", "") in _STATE_SPACE
+    return tuple(
+        path
+        for path in linear_sites(model)
+        if type(model.get_submodule(path)).__name__ == "NonDynamicallyQuantizableLinear"
+        or (mixers and path.endswith(".out_proj"))
+    )
+
+
 def block_sites(model: nn.Module) -> tuple[str, ...]:
     """The linear layers inside a model's blocks, its numbered parts: not its embeddings, pooler or head.
 
     In a model without blocks, every linear layer but the output embeddings.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    usable = [
-        path
-        for path in linear_sites(model)
-        if model.get_submodule(path) is not head
-        and type(model.get_submodule(path)).__name__ != "NonDynamicallyQuantizableLinear"
-    ]
+    fused = fused_sites(model)
+    usable = [path for path in linear_sites(model) if model.get_submodule(path) is not head and path not in fused]
     return tuple(path for path in usable if any(part.isdigit() for part in path.split("."))) or tuple(usable)
 
 

@@ -15,8 +15,9 @@ from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
 SOURCE = str(Path(mixwright.__file__).parents[1])
 
 
-def raising(error: BaseException) -> Callable[[], None]:
-    def app() -> None:
+def raising(error: BaseException) -> Callable[..., None]:
+    def app(standalone_mode: bool = True) -> None:
+        del standalone_mode
         raise error
 
     return app
@@ -84,3 +85,13 @@ def test_the_real_command_leaves_with_the_same_codes() -> None:
     assert unknown.stderr == "mixwright: method 'phatgose' is not known; did you mean 'phatgoose'?\n"
     assert mixwright_command("nonsense").returncode == 2
     assert "Traceback" not in mixwright_command("nonsense").stderr
+
+
+def test_usage_errors_are_json_too() -> None:
+    done = mixwright_command("cite", "--json")
+    assert done.returncode == 2 and not done.stderr
+    assert json.loads(done.stdout)["error"] == {"code": "USAGE", "where": "", "message": "Missing argument 'NAME'."}
+    wrong = mixwright_command("methods", "--json", "--jsn")
+    assert wrong.returncode == 2 and json.loads(wrong.stdout)["error"]["code"] == "USAGE"
+    fine = mixwright_command("methods", "--json")
+    assert fine.returncode == 0 and json.loads(fine.stdout)[0]["name"]

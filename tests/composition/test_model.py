@@ -113,7 +113,10 @@ def test_active_can_be_widened_again(gpt2: ComposedModel) -> None:
 
 
 def test_a_router_that_can_not_choose_refuses_to_leave_out(gpt2: ComposedModel) -> None:
-    with gpt2.replaced(with_routers(gpt2, ConstantRouter(torch.ones(4)))), pytest.raises(ValueError, match="can't leave"):
+    with (
+        gpt2.replaced(with_routers(gpt2, ConstantRouter(torch.ones(4)))),
+        pytest.raises(ValueError, match="can't leave"),
+    ):
         gpt2.set_active(["a"])
 
 

@@ -83,8 +83,15 @@ def test_a_bypassed_layer_is_refused() -> None:
     model, x = Bypass(), torch.randn(2, 3, 8)
     assert target_sites(model, ("all-linear",)) == ("used",)
     assert probe(model, ("used",), {"x": x}).sites["used"].stream == "decoder"
-    with pytest.raises(IncompatibleExpert, match=r"^TARGET attention\.out_proj: the backbone has this layer but does not"):
+    with pytest.raises(IncompatibleExpert, match=r"^TARGET attention\.out_proj: the backbone has"):
         probe(model, ("attention.out_proj",), {"x": x})
+
+
+def test_a_state_space_mixers_fused_projection_is_refused() -> None:
+    backbone = tiny_backbone("mamba2")
+    assert {path.split(".")[-1] for path in target_sites(backbone, ("all-linear",))} == {"in_proj"}
+    with pytest.raises(IncompatibleExpert, match=r"^TARGET backbone\.layers\.0\.mixer\.out_proj"):
+        probe(backbone, target_sites(backbone, ("out_proj",)))
 
 
 def test_a_foreign_model_that_can_not_be_run_shares_nothing() -> None:

@@ -4,16 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
+
 from mixwright.backbones.hf import byte_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.explain import Explanation, explain
 from mixwright.experts.lora import LoraExperts
+from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import Site, linear_sites
-from torch import nn
 
 TEXT = "Two  words,\n\tone naïve 🙂 line.\n"
 EXPERTS = ("law", "yaml", "code")
@@ -28,16 +30,20 @@ def pool(site: Site, place: int) -> list[tuple[torch.Tensor, torch.Tensor, float
     ]
 
 
-def composed(family: str, experts: Sequence[str] = EXPERTS, top_k: int = 2) -> ComposedModel:
+def composed(
+    family: str, experts: Sequence[str] = EXPERTS, top_k: int = 2, null_expert: float | None = None
+) -> ComposedModel:
     backbone = tiny_backbone(family)
     mixtures: dict[str, Mixture] = {}
-    chosen = [EXPERTS.index(expert) for expert in experts]
+    chosen = [EXPERTS.index(expert) for expert in experts if expert in EXPERTS]
     sites = {path: site for path, site in linear_sites(backbone).items() if path.rsplit(".", 1)[-1] != "lm_head"}
     for place, (path, site) in enumerate(sites.items()):
         factors = pool(site, place)
         gates = torch.randn(len(EXPERTS), site.d_in, generator=torch.Generator().manual_seed(1000 + place))
-        router = TokenRouter(PrototypeScores(gates[chosen]), min(top_k, len(chosen)))
-        mixtures[path] = Mixture(backbone.get_submodule(path), router, LoraExperts.stack([factors[i] for i in chosen]))
+        nobody = [None] * (len(experts) - len(chosen))
+        router = TokenRouter(PrototypeScores(gates[chosen]), min(top_k, len(chosen)), null_expert=null_expert)
+        members = LoraExperts.stack([*(factors[i] for i in chosen), *nobody])
+        mixtures[path] = Mixture(backbone.get_submodule(path), router, members)
     return ComposedModel(backbone, mixtures, experts)
 
 
@@ -166,3 +172,20 @@ def test_refuses_what_it_cannot_explain() -> None:
         explain(model, tokenizer, TEXT, without="none")
     with pytest.raises(ValueError, match="600 tokens, but the backbone takes 512"):
         explain(model, tokenizer, "a" * 600)
+
+
+def test_a_router_that_does_not_choose_leaves_nobody_out() -> None:
+    model, uniform = composed("llama"), ConstantRouter(torch.full((3,), 1 / 3))
+    with model.replaced(routers=dict.fromkeys(model.mixtures, uniform)):
+        found = explain(model, byte_tokenizer(), TEXT)
+        assert found.without is None and found.mean_loss("loss_backbone") is not None
+        with pytest.raises(ValueError, match="can't leave one out"):
+            explain(model, byte_tokenizer(), TEXT, without="law")
+
+
+def test_a_null_expert_leads_where_it_holds_most_of_the_weight() -> None:
+    model = composed("llama", (*EXPERTS, "backbone"), top_k=2, null_expert=100.0)
+    found = explain(model, byte_tokenizer(), TEXT)
+    assert found.led("backbone") == len(found.tokens)
+    assert all(token.experts[-1].contribution == 0.0 for token in found.tokens)
+    assert found.mean_loss("loss_without") != found.mean_loss()

@@ -162,12 +162,20 @@ def test_routers_give_a_gradient(name: str, x: Tensor) -> None:
 def test_permuting_the_batch_permutes_the_routing(name: str, x: Tensor) -> None:
     given = condition()
     assert given.token_mask is not None
-    flipped = Condition(token_mask=given.token_mask.flip(0), encoder_mask=given.token_mask.flip(0), memory=RoutingMemory())
+    flipped = Condition(
+        token_mask=given.token_mask.flip(0), encoder_mask=given.token_mask.flip(0), memory=RoutingMemory()
+    )
     here, there = ROUTERS[name]()(x, given).dense(), ROUTERS[name]()(x.flip(0), flipped).dense()
     torch.testing.assert_close(here, there.flip(0))
 
 
-OPTIONS: list[dict[str, float]] = [{}, {"consensus": 2.0}, {"pooling": 0.5}, {"consensus": 1.0, "prior": 2.0}, {"null_expert": 0.1}]
+OPTIONS: list[dict[str, float]] = [
+    {},
+    {"consensus": 2.0},
+    {"pooling": 0.5},
+    {"consensus": 1.0, "prior": 2.0},
+    {"null_expert": 0.1},
+]
 
 
 def pass_twice(scores: Tensor, allowed: Tensor | None, x: Tensor, **options: float) -> Tensor:
@@ -195,7 +203,10 @@ def test_permuting_experts_permutes_the_routing(options: dict[str, float], x: Te
     order = [3, 0, 4, 2, 1]
     whole = order + ([5] if "null_expert" in options else [])
     torch.testing.assert_close(
-        pass_twice(rows()[order], None, x, **options), pass_twice(rows(), None, x, **options)[..., whole], atol=1e-6, rtol=1e-5
+        pass_twice(rows()[order], None, x, **options),
+        pass_twice(rows(), None, x, **options)[..., whole],
+        atol=1e-6,
+        rtol=1e-5,
     )
 
 

@@ -46,7 +46,9 @@ def by_router(x: Tensor, mask: Tensor | None, stream: str = "decoder", **options
     return [router(x[j], condition) for j, router in enumerate(routers(stream, **options))]
 
 
-def by_hand(x: Tensor, mask: Tensor | None, stream: str, *, pooling: float = 0, consensus: float = 0, prior: float = 0) -> list[Tensor]:
+def by_hand(
+    x: Tensor, mask: Tensor | None, stream: str, *, pooling: float = 0, consensus: float = 0, prior: float = 0
+) -> list[Tensor]:
     """The definition, in float64, for one sequence at a time; returns the final logits of every site."""
     batch, seq = x.shape[1:3]
     real = torch.ones(batch, seq) if mask is None else mask
@@ -61,7 +63,9 @@ def by_hand(x: Tensor, mask: Tensor | None, stream: str, *, pooling: float = 0, 
                 logits = raw[t].clone()
                 others = [u for u in range(seq) if real[b, u] and (stream != "decoder" or u <= t)]
                 if pooling and others:
-                    steps = [sum(1 for w in range(min(u, t) + (u < t), max(u, t) + (u < t)) if real[b, w]) for u in others]
+                    steps = [
+                        sum(1 for w in range(min(u, t) + (u < t), max(u, t) + (u < t)) if real[b, w]) for u in others
+                    ]
                     weights = [pooling**step for step in steps]
                     logits = sum(w * raw[u] for w, u in zip(weights, others, strict=True)) / sum(weights)
                 if consensus and j:
@@ -135,7 +139,9 @@ def test_padding_changes_nothing(side: str, stream: str) -> None:
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[:, :3] = side != "left"
     mask[:, 7:] = side != "right"
-    for alone, routing in zip(by_router(x, None, stream, **options), by_router(padded, mask, stream, **options), strict=True):
+    for alone, routing in zip(
+        by_router(x, None, stream, **options), by_router(padded, mask, stream, **options), strict=True
+    ):
         torch.testing.assert_close(routing.dense()[:, where], alone.dense(), atol=1e-5, rtol=1e-5)
 
 

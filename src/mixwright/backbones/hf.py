@@ -5,7 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ def load_backbone(
 ) -> nn.Module:
     """A transformers model in eval mode, from a folder or a hub id.
 
-    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config. `dtype`: as the
-    weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`, `INCOMPLETE`) for a
-    folder that is missing, is an adapter, has no safetensors, needs code of its own, or lacks weights.
+    `kind`: `causal`, `seq2seq`, `speech`, `encoder` (the bare model), or `auto`, which reads it off the config.
+    `dtype`: as the weights are stored, unless given. Raises CatalogError (`PATH`, `CONFIG`, `FEATURE`, `FORMAT`,
+    `SHAPE`, `INCOMPLETE`) for a folder that is missing, is an adapter, has no safetensors, needs code of its own, or
+    lacks weights.
     """
     if kind not in _KINDS:
         raise ValueError(f"backbone kind {kind!r}; expected one of {', '.join(_KINDS)}.")
@@ -98,6 +99,30 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> An
     return tokenizer
 
 
+def fetch(path_or_id: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """The folder that a path names, or the local copy of these files of a hub repository (at `revision`).
+
+    Raises CatalogError (PATH) for what is in neither place.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
+        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a folder or a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CatalogError(
+            "PATH",
+            str(path_or_id),
+            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
+            "Check the name and the network, or give a folder.",
+        ) from error
+
+
 def build_backbone(model_type: str, settings: Mapping[str, Any], *, kind: str = "auto", seed: int = 0) -> nn.Module:
     """A model from its config alone, with random weights that depend on `seed` only; nothing is downloaded."""
     config = _config({"model_type": model_type, **settings}, model_type)
@@ -122,9 +147,7 @@ def byte_tokenizer(text_model: str = "causal") -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     ends = {"causal": None, "seq2seq": "$A </s>", "encoder": "<s> $A </s>"}[text_model]
     if ends is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=ends, special_tokens=[("<s>", 2), ("</s>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=[("<s>", 2), ("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -133,6 +156,19 @@ def byte_tokenizer(text_model: str = "causal") -> Any:
         unk_token="<unk>",
         padding_side="left" if text_model == "causal" else "right",
         clean_up_tokenization_spaces=False,
+    )
+
+
+def bpe_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """A byte-level BPE tokenizer of `size` tokens learnt from `texts`; token 0 ends and pads a text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|end|>"
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator(texts, vocab_size=size, show_progress=False, special_tokens=[end])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=learnt._tokenizer, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
     )
 
 
@@ -152,24 +188,8 @@ def provenance(model: nn.Module) -> dict[str, Any]:
 
 
 def _folder(path_or_id: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists() or path.is_absolute() or str(path_or_id).startswith((".", "~")) or str(path_or_id).count("/") > 1:
-        raise CatalogError("PATH", str(path_or_id), "no such folder; expected a model's folder or a hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CatalogError(
-            "PATH",
-            str(path_or_id),
-            f"not a folder here, not in the local cache, and the hub did not give it ({_short(error)}). "
-            "Check the name and the network, or give a folder.",
-        ) from error
-    return folder, folder.name if len(folder.name) == 40 else None
+    folder = fetch(path_or_id, revision, _FILES)
+    return folder, None if Path(path_or_id).expanduser().is_dir() or len(folder.name) != 40 else folder.name
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
@@ -205,7 +225,7 @@ def _check_weights(folder: Path, name: str) -> None:
             name,
             "no model.safetensors"
             + (f", only {pickled[0]}, which is a pickle and is not opened" if pickled else "")
-            + ". Convert it on a machine you can spare: python -c \"from transformers import AutoModel; "
+            + '. Convert it on a machine you can spare: python -c "from transformers import AutoModel; '
             "AutoModel.from_pretrained('IN').save_pretrained('OUT')\".",
         )
 

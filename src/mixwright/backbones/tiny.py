@@ -83,7 +83,11 @@ FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         | {"head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8, **_SPECIAL},
     ),
     "bart": ("bart", "seq2seq", {**_BART, **_SPECIAL, "decoder_start_token_id": 1, "forced_eos_token_id": None}),
-    "distilbert": ("distilbert", "encoder", {"vocab_size": _VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}),
+    "distilbert": (
+        "distilbert",
+        "encoder",
+        {"vocab_size": _VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    ),
     "roberta": ("roberta", "encoder", {**_BERT, "pad_token_id": 1}),
     "albert": ("albert", "encoder", {**_BERT, "embedding_size": 16}),
     "whisper": (

@@ -70,10 +70,7 @@ def config_for(factors: Mapping[str, LoraFactors], peft_config: Mapping[str, Any
         "revision": None,
         "target_modules": sorted(factors),
         "task_type": None,
-        **{
-            key: sorted(cast("set[str]", value)) if isinstance(value, set) else value
-            for key, value in peft_config.items()
-        },
+        **{key: _listed(value) for key, value in peft_config.items()},
         "alpha_pattern": {path: value for path, value in sorted(alphas.items()) if value != alpha},
         "lora_alpha": alpha,
         "peft_type": "LORA",
@@ -87,6 +84,11 @@ def _alpha(scale: float, rank: int, rslora: bool) -> int | float:
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     whole = round(alpha)
     return whole if math.isclose(alpha, whole, rel_tol=1e-9) else alpha
+
+
+def _listed(value: Any) -> Any:
+    """PEFT's own configuration objects hold sets of names, which JSON does not have."""
+    return sorted(cast("set[str]", value)) if isinstance(value, set) else value
 
 
 def _commonest(values: Iterable[Number]) -> Number:

@@ -72,6 +72,8 @@ def _factors(header: Header, faults: Faults) -> dict[str, dict[str, TensorEntry]
     for name in strangers:
         if found or _touches_backbone(name):
             message = "only lora_A and lora_B of linear layers are accepted: an adapter may not bring other weights."
+            if ".base_layer." in name:  # PEFT adds it by itself when a head or an embedding is among the targets
+                message = "it is the backbone's own weight. Save again with save_embedding_layers=False."
             faults.add("TENSOR", f"{quote(name)} is no LoRA factor; {message}")
     return found
 

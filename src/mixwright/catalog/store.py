@@ -191,6 +191,7 @@ class Catalog:
         gates: "Mapping[str, Tensor] | None" = None,
         signatures: "Mapping[str, Mapping[str, Tensor]] | None" = None,
         quality: dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
         task: str | None = None,
         licence: str | None = None,
     ) -> ExpertCard:
@@ -202,7 +203,7 @@ class Catalog:
             bundle, card = self._load(expert_id)
             where = f"expert {quote(expert_id)}"
             changed = parse_bundle(bundle.files | side_files(gates, signatures), where)
-            given = {"quality": quality, "task": task, "licence": licence}
+            given = {"quality": quality, "recipe": recipe, "task": task, "licence": licence}
             changes = {name: value for name, value in given.items() if value is not None}
             card = card.with_files(changed.files, **changes)
             build_expert(expert_id, changed, card, where)

@@ -3,6 +3,7 @@
 A file that offers verbs has `register(app: typer.Typer) -> None`. Nothing else is edited to add one.
 """
 
+import inspect
 import pkgutil
 from importlib import import_module
 from typing import Annotated
@@ -12,20 +13,10 @@ import typer
 from mixwright.cli.edge import run_at_edge
 
 # The order in which help shows the verbs; one that is not named here follows.
-_ORDER = [
-    "demo",
-    "methods",
-    "cite",
-    "schema",
-    "train",
-    "experts",
-    "compose",
-    "eval",
-    "explain",
-    "report",
-    "run",
-    "doctor",
-]
+_ORDER = (
+    *("demo", "train", "experts", "compose", "eval", "explain", "report", "run"),
+    *("methods", "cite", "schema", "doctor"),
+)
 
 
 def build() -> typer.Typer:
@@ -44,6 +35,7 @@ def build() -> typer.Typer:
         register = getattr(import_module(f"{__name__}.{module.name}"), "register", None)
         if register is not None:
             register(app)
+    _unwrap_help(app)
     app.registered_commands.sort(key=lambda command: _place(command.name))
     app.registered_groups.sort(key=lambda group: _place(group.name))
     return app
@@ -70,6 +62,17 @@ Version = Annotated[
 def _root(version: Version = False) -> None:
     """Experts trained apart, composed into one model that chooses among them for every token and layer."""
     del version
+
+
+def _unwrap_help(app: typer.Typer) -> None:
+    """Let the terminal wrap each paragraph of a docstring; the lines of the source are not those of the screen."""
+    for command in app.registered_commands:
+        text = inspect.getdoc(command.callback) if command.callback is not None else None
+        if command.help is None and text:
+            command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _unwrap_help(group.typer_instance)
 
 
 def _place(name: str | None) -> tuple[int, str]:

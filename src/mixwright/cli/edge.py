@@ -14,13 +14,15 @@ OTHER = 1
 INTERRUPTED = 130
 
 
-def run_at_edge(app: Callable[[], Any]) -> None:
+def run_at_edge(app: Callable[..., Any]) -> None:
     """Run a command; a refusal, a caller's mistake or an interruption ends it with a message instead of a traceback.
 
     With `--json` on the command line the message is an object `{"error": {"code", "where", "message"}}` on standard
     output. `MIXWRIGHT_TRACEBACK=1` shows the traceback as well.
     """
     try:
+        if _for_machines():
+            sys.exit(_call(app))
         app()
     except KeyboardInterrupt:
         _say("INTERRUPTED", "", "stopped")
@@ -39,6 +41,22 @@ def run_at_edge(app: Callable[[], Any]) -> None:
         _leave(error, "FILE", str(error.filename or ""), error.strerror or str(error), OTHER)
 
 
+def _for_machines() -> bool:
+    return "--json" in sys.argv
+
+
+def _call(app: Callable[..., Any]) -> int:
+    """Run the app so that a wrong option, too, comes out as JSON; typer would draw a box around it."""
+    try:
+        return app(standalone_mode=False) or 0
+    except Exception as error:
+        # typer keeps its usage errors in a private module; this is what sets them apart.
+        if not hasattr(error, "format_message"):
+            raise
+        _say("USAGE", "", error.format_message())  # pyright: ignore[reportAttributeAccessIssue]  asked for above
+        return BAD_INPUT
+
+
 def _leave(error: Exception, code: str, where: str, message: str, status: int) -> None:
     if os.environ.get("MIXWRIGHT_TRACEBACK"):
         raise error
@@ -47,7 +65,7 @@ def _leave(error: Exception, code: str, where: str, message: str, status: int) -
 
 
 def _say(code: str, where: str, message: str) -> None:
-    if "--json" in sys.argv:
+    if _for_machines():
         print(json.dumps({"error": {"code": code, "where": where, "message": message}}))
         return
     place = f"{where}: " if where else ""

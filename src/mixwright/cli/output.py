@@ -19,8 +19,9 @@ Settings = Annotated[
 
 
 def example(*lines: str) -> str:
-    """The epilog of a verb's help: a worked example, each line a command or what it prints."""
-    return "\n\n".join(("[dim]Example[/dim]", *(f"[cyan]{line}[/cyan]" for line in lines)))
+    """The epilog of a verb's help: a worked example, each line a command, a file's content or what is printed."""
+    plain = (line.replace("[", r"\[") for line in lines)
+    return "\n".join(("[dim]Example[/dim]", *(f"  [cyan]{line}[/cyan]" for line in plain)))
 
 
 def console() -> "Console":

@@ -26,6 +26,8 @@ class MemoryLayer:
 
     def __init__(self, memory: RoutingMemory) -> None:
         self.memory = memory
+        self.length = 0
+        """Tokens of the cache that the memory knows of."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -52,10 +54,12 @@ class MemoryLayer:
     def reset(self) -> None:
         """Start anew with the cache."""
         self.memory.forget()
+        self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens back, as an assistant's rejected guesses are; see `RoutingMemory.crop` for how many."""
         self.memory.crop(abs(tokens_to_remove))
+        self.length -= abs(tokens_to_remove)
 
     def offload(self) -> None:
         """It is small and stays where it is."""
@@ -64,44 +68,46 @@ class MemoryLayer:
         """It never left."""
 
 
-def resume(given: Iterable[Any], remembers: bool) -> RoutingMemory:
-    """The memory that travels with a cache among the arguments `given`, or a new one.
-
-    Raises ValueError where the routers need one (`remembers`) and the cache holds tokens that they never saw.
-    """
+def resume(given: Iterable[Any]) -> RoutingMemory:
+    """The memory that travels with a cache among the arguments `given`, or a new one, which is told what it missed."""
     for value in given:
         layers = _layers(value)
-        if layers is None:
-            continue
-        for layer in layers:
-            if isinstance(layer, MemoryLayer):
-                return layer.memory
-        if remembers and _length(value) > 0:
-            raise ValueError(
-                f"the cache that was given holds {_length(value)} tokens, but not what this model's routers remember of them "
-                "(pooling or prior). Give the cache of an earlier pass of this model, or none."
-            )
+        if layers is not None:
+            layer = _memory_layer(layers)
+            memory = RoutingMemory() if layer is None else layer.memory
+            memory.unseen = _length(value) - (0 if layer is None else layer.length)
+            return memory
     return RoutingMemory()
 
 
 def attach(memory: RoutingMemory, output: Any, given: Iterable[Any]) -> None:
-    """Append `memory` to the cache that a pass returned, or else was given; nothing where there is none.
+    """Append `memory` to the cache that a pass returned, or else was given, if it holds anything worth carrying.
 
     Raises ValueError for a cache of another kind.
     """
+    if not memory.tokens and not memory.sources:
+        return
     returned = _returned(output)
     for cache in (returned, *given):
         layers = _layers(cache)
         if layers is not None:
-            if not any(isinstance(layer, MemoryLayer) for layer in layers):
-                layers.append(MemoryLayer(memory))
+            layer = _memory_layer(layers)
+            if layer is None:
+                layer = MemoryLayer(memory)
+                layers.append(layer)
+            if memory.visits:
+                layer.length = _length(cache)
             return
     if returned is not None:
         raise ValueError(
-            f"this model's routers pool over tokens (pooling or prior), and a cache of type {type(returned).__name__} "
-            "can't carry what they remember; accepted is a cache with a list of layers (transformers' DynamicCache and its "
-            "like). Pass use_cache=False, or compose with pooling=0, prior=0."
+            "this model's routers pool over tokens (pooling or prior), and a cache of type "
+            f"{type(returned).__name__} can't carry what they remember; accepted is a cache with a list of layers "
+            "(transformers' DynamicCache and its like). Pass use_cache=False, or compose with pooling=0, prior=0."
         )
+
+
+def _memory_layer(layers: list[Any]) -> MemoryLayer | None:
+    return next((layer for layer in layers if isinstance(layer, MemoryLayer)), None)
 
 
 def _returned(output: Any) -> Any:
@@ -116,7 +122,9 @@ def _layers(cache: Any) -> list[Any] | None:
 
 
 def _length(cache: Any) -> int:
+    """Tokens in a cache, where that is a plain number: a static cache counts on the device, and is not asked."""
     try:
-        return int(cache.get_seq_length())
+        length = cache.get_seq_length()
     except (AttributeError, ValueError):  # caches of state-space models have no length
         return 0
+    return length if isinstance(length, int) else 0

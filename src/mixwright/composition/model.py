@@ -1,7 +1,7 @@
 """A frozen backbone with mixtures at its sites, as one model."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,25 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixwright.catalog.card import RESERVED
 from mixwright.composition.channel import Channel
 from mixwright.composition.mixture import Mixture
-from mixwright.composition.passes import begin_encoder_pass, begin_pass, named_arguments
+from mixwright.composition.passes import begin_encoder_pass, begin_pass, end_pass, named_arguments
 from mixwright.composition.probe import Probe, encoder_of
 from mixwright.composition.probe import probe as look
 from mixwright.composition.surgery import freeze, install, uninstall
 from mixwright.experts.base import AbstractExperts
+from mixwright.ops.digest import fingerprint
 from mixwright.routers.base import AbstractRouter
 from mixwright.routing import Condition, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """What a composed model is made of, in words that can be written down: the content of `composition.yaml`."""
+    """What a composed model is made of, in words that can be written down; see `saving` for where they go.
+
+    `config` is the method's. `backbone` has `path`, `revision`, `kind` and `architecture`. `experts` are the cards of
+    the catalogue as plain data. `citation` is BibTeX.
+    """
 
     method: str = ""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     backbone: Mapping[str, Any] = field(default_factory=dict[str, Any])
     experts: Sequence[Mapping[str, Any]] = ()
+    citation: str = ""
 
 
 class ComposedModel(nn.Module):
@@ -50,6 +57,7 @@ class ComposedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.probe = probe or look(backbone, tuple(mixtures))
+        self.fingerprint = fingerprint(backbone)
         self._asked_gradient = freeze(backbone)
         self.backbone = backbone
         self.experts = tuple(experts)
@@ -65,7 +73,7 @@ class ComposedModel(nn.Module):
         install(backbone, mixtures, self.channel)
         self._hooks = [
             backbone.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),
-            backbone.register_forward_hook(self._end_pass, always_call=True),
+            backbone.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
         ]
         encoder = encoder_of(backbone)
         if encoder is not None:
@@ -88,7 +96,7 @@ class ComposedModel(nn.Module):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def under(self, condition: Condition | None) -> Iterator[None]:
+    def under(self, condition: Condition | None) -> Generator[None]:
         """Inside the block every pass has this condition; its masks are those of each pass."""
         before, self._given = self._given, condition or self._given
         try:
@@ -102,15 +110,16 @@ class ComposedModel(nn.Module):
         begin_pass(self.channel, self._given, arguments, two_streams=two_streams)
         self._in_pass = True
 
-    def _end_pass(self, *_: Any) -> None:
+    def _end_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._in_pass = False
+        end_pass(self.channel, (*args, *kwargs.values()), output)
 
     def _begin_encoder_pass(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._in_pass:
             begin_encoder_pass(self.channel, self._given, named_arguments(encoder.forward, args, kwargs))
 
     @contextmanager
-    def trace(self) -> Iterator[dict[str, list[Routing]]]:
+    def trace(self) -> Generator[dict[str, list[Routing]]]:
         """Collects every routing made inside the block: site path -> one routing for each pass."""
         before, self.channel.trace = self.channel.trace, {}
         try:
@@ -119,7 +128,7 @@ class ComposedModel(nn.Module):
             self.channel.trace = before
 
     @contextmanager
-    def routed_by(self, routing: Routing) -> Iterator[None]:
+    def routed_by(self, routing: Routing) -> Generator[None]:
         """Inside the block every site follows `routing`, whatever its router would say."""
         before, self.channel.override = self.channel.override, routing
         try:
@@ -128,7 +137,7 @@ class ComposedModel(nn.Module):
             self.channel.override = before
 
     @contextmanager
-    def only(self, expert: str) -> Iterator[None]:
+    def only(self, expert: str) -> Generator[None]:
         """Inside the block one expert acts everywhere, at weight 1."""
         device = next(self.backbone.parameters(), torch.zeros(())).device
         chosen = torch.tensor([self.index(expert)], device=device)
@@ -136,7 +145,7 @@ class ComposedModel(nn.Module):
             yield
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Inside the block the model is its backbone, bit for bit."""
         before, self.channel.enabled = self.channel.enabled, False
         try:
@@ -149,7 +158,7 @@ class ComposedModel(nn.Module):
         self,
         routers: Mapping[str, AbstractRouter] | None = None,
         experts: Mapping[str, AbstractExperts] | None = None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Inside the block the named sites use other routers, or other experts: one backbone, many systems."""
         mixtures = self.mixtures
         before = {site: (mixture.router, mixture.experts) for site, mixture in mixtures.items()}
@@ -177,10 +186,11 @@ class ComposedModel(nn.Module):
     def set_active(self, experts: Sequence[str] | None) -> None:
         """Let the routers choose among these experts only, until the next call; None: among all.
 
-        The others are masked out before the choice and cannot move a bit of any output. Raises ValueError where a
-        router does not choose, such as a constant one.
+        The others are masked out before the choice and cannot move a bit of any output; a null expert stays. Raises
+        ValueError where a router does not choose, such as a constant one.
         """
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
+        ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
         masks = {site: _masks(mixture.router) for site, mixture in self.mixtures.items()}
         unmasked = [site for site, found in masks.items() if not found]
         if unmasked:
@@ -191,14 +201,14 @@ class ComposedModel(nn.Module):
                 chosen = torch.zeros_like(mask)
                 chosen[ids] = True
                 mask.copy_(whole & chosen)
-        self._active = None if experts is None else tuple(self.experts[i] for i in sorted(ids))
+        self._active = None if experts is None else tuple(self.experts[i] for i in sorted(set(ids)))
 
     def added_state(self) -> dict[str, Tensor]:
         """Every tensor that is not the backbone's, by `<site>.router...` and `<site>.experts...`.
 
         What `set_active` leaves out at the moment is in it all the same.
         """
-        state = {
+        state: dict[str, Tensor] = {
             f"{site}.{part}.{name}": tensor
             for site, mixture in self.mixtures.items()
             for part in ("router", "experts")
@@ -214,7 +224,8 @@ class ComposedModel(nn.Module):
         """One line: trainable parameters, all parameters, and their share in percent."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in self.parameters())
-        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {100 * trainable / everything:.4f}")
+        share = 100 * trainable / max(1, everything)
+        print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")
 
     def fold(self, condition: Condition | None = None) -> nn.Module:
         """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`."""
@@ -232,15 +243,14 @@ class ComposedModel(nn.Module):
         self._sites = ()
         return self.backbone
 
-    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the composition as a folder that `mixwright.load` reads; the backbone is named, not copied."""
         from mixwright.composition.saving import save
 
-        del ignored
         save(self, Path(folder))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save, and upload the folder to the hub; `options` are those of `HfApi.create_repo` and `upload_folder`."""
+        """Save, and upload the folder to the hub as one commit; `options` are those of `saving.push`."""
         from mixwright.composition.saving import push
 
         return push(self, repo_id, **options)

@@ -1,13 +1,14 @@
-"""What a pass of the backbone says about itself: its masks and its lengths, read off the arguments it was called with."""
+"""What a pass of the backbone says about itself: its masks and its lengths, read off its arguments."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from mixwright.composition.channel import Channel
+from mixwright.composition.memory import attach, resume
 from mixwright.routing import Condition, RoutingMemory
 
 
@@ -28,15 +29,25 @@ def begin_pass(channel: Channel, given: Condition, arguments: Mapping[str, Any],
     main = _first(arguments, ("decoder_input_ids", "decoder_inputs_embeds") if two_streams else _INPUTS)
     mask = _mask(arguments.get("decoder_attention_mask" if two_streams else "attention_mask"), main)
     channel.lengths = {} if main is None or main.dim() < 2 else {"decoder": (main.shape[0], main.shape[1])}
-    encoder_mask = None
+    encoder_mask = _boolean(arguments.get("attention_mask")) if two_streams else mask
     if two_streams:
         source = _first(arguments, _INPUTS)
-        encoder_mask = _boolean(arguments.get("attention_mask"))
         if source is not None and source.dim() >= 2:
             channel.lengths["encoder"] = (source.shape[0], source.shape[1])
-    condition = replace(given, token_mask=mask, encoder_mask=encoder_mask, memory=RoutingMemory())
     batch = _batch(arguments)
+    memory = resume(arguments.values())
+    memory.begin_pass(batch)
+    condition = replace(given, token_mask=mask, encoder_mask=encoder_mask, memory=memory)
     channel.condition = condition if batch is None else condition.for_batch(batch)
+
+
+def end_pass(channel: Channel, arguments: Iterable[Any], output: Any) -> None:
+    """Let what the routers remember of this pass's tokens travel with the cache, and close the memory."""
+    memory = channel.condition.memory
+    if memory is not None:
+        if output is not None:
+            attach(memory, output, arguments)
+        memory.end_pass()
 
 
 def begin_encoder_pass(channel: Channel, given: Condition, arguments: Mapping[str, Any]) -> None:
@@ -45,8 +56,8 @@ def begin_encoder_pass(channel: Channel, given: Condition, arguments: Mapping[st
     if source is not None and source.dim() >= 2:
         channel.lengths = {"encoder": (source.shape[0], source.shape[1])}
     mask = _boolean(arguments.get("attention_mask"))
-    condition = replace(given, token_mask=None, encoder_mask=mask, memory=RoutingMemory())
     batch = _batch(arguments)
+    condition = replace(given, token_mask=None, encoder_mask=mask, memory=RoutingMemory(rows=batch))
     channel.condition = condition if batch is None else condition.for_batch(batch)
 
 

@@ -3,7 +3,7 @@
 Names do not tell any of that in a foreign model, and one forward pass does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixwright.composition.inputs import example_inputs
 from mixwright.errors import IncompatibleExpert
+from mixwright.sites import fused_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,14 @@ def probe(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any] |
     log = _run(backbone, sites, given, must=inputs is not None) if given is not None else None
     if log is None:
         return Probe({path: Seen(i, "decoder", i) for i, path in enumerate(sites)}, ran=False)
+    fused = fused_sites(backbone)
     for path in sites:
-        if path not in log.inputs:
+        if path not in log.inputs or path in fused:
             raise IncompatibleExpert(
                 "TARGET",
                 path,
-                "the backbone has this layer but does not call it in a forward pass (its owner reads the weight "
-                "itself, or skips it), so an expert here would do nothing. Leave this site out.",
+                "the backbone has this layer but does not always call it in a forward pass (its owner reads the "
+                "weight itself, or skips it), so an expert here would do nothing. Leave this site out.",
             )
     return Probe(_seen(log, _stream_lengths(given or {}, log)), ran=True)
 
@@ -178,7 +180,7 @@ def _stream(x: Tensor, lengths: Mapping[str, tuple[int, int]], *, inside: bool) 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Generator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

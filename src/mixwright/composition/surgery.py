@@ -46,9 +46,6 @@ def _nothing(*_: object) -> None:
 
 
 def _replace(backbone: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for owner in list(backbone.modules()):
-        if owner is new:
-            continue
-        for name, child in list(owner._modules.items()):  # named_children lists a layer once
-            if child is old:
-                setattr(owner, name, new)
+    paths = [path for path, module in backbone.named_modules(remove_duplicate=False) if module is old]
+    for path in paths:
+        setattr(_owner(backbone, path), path.rpartition(".")[2], new)

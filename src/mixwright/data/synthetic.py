@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
+from mixwright.data.collate import IGNORED, Batch
+
 PAD, END, ANSWER = 0, 1, 2
 _RESERVED = 3
 
@@ -63,17 +65,17 @@ class Examples:
     def __getitem__(self, rows: slice) -> "Examples":
         return Examples(self.source[rows], self.target[rows])
 
-    def seq2seq(self) -> dict[str, Tensor]:
-        """A batch for an encoder-decoder: `input_ids`, `attention_mask`, `labels`."""
-        return {"input_ids": self.source, "attention_mask": torch.ones_like(self.source), "labels": self.target}
+    def seq2seq(self) -> Batch:
+        """A batch for an encoder-decoder."""
+        inputs = {"input_ids": self.source, "attention_mask": torch.ones_like(self.source)}
+        return Batch("seq2seq", inputs, self.target, self.target.numel())
 
-    def causal(self) -> dict[str, Tensor]:
-        """A batch for a decoder: source, ANSWER, target in one row; `labels` is -100 except on the target."""
+    def causal(self) -> Batch:
+        """A batch for a decoder: source, ANSWER, target in one row, of which the target counts."""
         answer = self.source.new_full((len(self), 1), ANSWER)
-        ids = torch.cat([self.source, answer, self.target], 1)
-        labels = ids.clone()
-        labels[:, : self.source.shape[1] + 1] = -100
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        ids = torch.cat([self.source, answer, self.target[:, :-1]], 1)
+        targets = torch.cat([torch.full_like(self.source, IGNORED), self.target], 1)
+        return Batch("causal", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, targets, self.target.numel())
 
 
 @dataclass(frozen=True, slots=True)

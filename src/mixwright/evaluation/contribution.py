@@ -97,7 +97,6 @@ def measured(model: ComposedModel, streams: Mapping[str, int], inputs: Mapping[s
     `streams`: the number of tokens of `text`, or of `source` and, where a target is given, `target`.
     """
     tally = Tally(streams, len(model.experts))
-    encoder = _Encoder(model.backbone) if "source" in streams else None
     with model.trace() as trace:
 
         def note(mixture: nn.Module, args: tuple[Any, ...], _: Any) -> None:
@@ -105,7 +104,7 @@ def measured(model: ComposedModel, streams: Mapping[str, int], inputs: Mapping[s
             x = args[0].reshape(-1, args[0].shape[-1])
             routing = trace[mixture.site][-1]
             weights = _flat_weights(routing, args[0])
-            stream = "text" if encoder is None else encoder.stream(args[0])
+            stream = _stream(mixture.stream, two="source" in streams)
             known = stream if streams.get(stream) == len(x) else None
             tally.add(mixture.site, known, weights.cpu(), contribution(mixture, x, weights).cpu())
 
@@ -113,9 +112,15 @@ def measured(model: ComposedModel, streams: Mapping[str, int], inputs: Mapping[s
         try:
             output = model(**inputs)
         finally:
-            for handle in (*handles, *(encoder.handles if encoder else ())):
+            for handle in handles:
                 handle.remove()
     return tally, output
+
+
+def _stream(seen: str, *, two: bool) -> str:
+    """Whose tokens a site works on: a decoder's layer that is fed with encoder states works on the source's."""
+    names = {"decoder": "target", "encoder": "source", "cross": "source"} if two else {"decoder": "text"}
+    return names.get(seen, "")
 
 
 def contribution(
@@ -155,28 +160,3 @@ def _margin(weights: Float[Tensor, "tokens experts"]) -> Float[Tensor, " tokens"
         return weights[:, 0]
     best = weights.topk(2, dim=-1).values
     return best[:, 0] - best[:, 1]
-
-
-class _Encoder:
-    """Tells an encoder-decoder's streams apart: what runs in the encoder, or reads its output, is the source."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        encoder: nn.Module = backbone.get_encoder()  # type: ignore[operator]
-        self._inside = False
-        self._states: Tensor | None = None
-        self.handles = (
-            encoder.register_forward_pre_hook(self._enter),
-            encoder.register_forward_hook(self._leave),
-        )
-
-    def _enter(self, *_: Any) -> None:
-        self._inside = True
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._inside = False
-        self._states = output[0]
-
-    def stream(self, x: Tensor) -> str:
-        """`source` or `target`."""
-        reads = self._states is not None and x.data_ptr() == self._states.data_ptr() and x.shape == self._states.shape
-        return "source" if self._inside or reads else "target"

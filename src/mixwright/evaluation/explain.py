@@ -1,21 +1,21 @@
 """Which experts acted on each token of one text, how much they moved the model, and what it would lose without one.
 
-Weights alone mislead: an expert with weight 0.9 whose output is tiny changes nothing. So every number here stands beside
-the contribution, norm(w s B A u) / norm(W u): the length of what the expert adds, over the length of what the frozen
+Weights alone mislead: an expert with weight 0.9 whose output is tiny changes nothing. So each weight here stands beside
+a contribution, norm(w s B A u) / norm(W u): the length of what the expert adds, over the length of what the frozen
 layer gives for the same token.
 """
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
+from mixwright.evaluation.reading import Stream, inputs_of, read
 
 _SHOWN = 5
 
@@ -96,13 +96,13 @@ def explain(
     """Explain one text: causal models read it, encoder-decoders read it and are given `target`, encoders have no loss.
 
     `without` names the expert that is left out for the counterfactual loss, masked before the choice as if it was not
-    in the pool; None takes the one that leads most tokens. Raises ValueError for an empty text, for one that is longer
-    than the backbone takes, and for a `target` that the backbone has no decoder for.
+    in the pool; None takes the one that leads most tokens, where the routers can leave one out. Raises ValueError for
+    an empty text, for one that is longer than the backbone takes, and for a `target` without a decoder to give it to.
     """
     if without is not None:
         model.index(without)
-    streams = _read(model, tokenizer, text, target)
-    inputs = _inputs(model, streams)
+    streams = read(model, tokenizer, text, target)
+    inputs = inputs_of(model, streams)
     with _evaluating(model), torch.no_grad():
         tally, output = measured(model, {name: len(stream.ids) for name, stream in streams.items()}, inputs)
         leaders = {name: tally.leaders(name) for name in streams}
@@ -110,120 +110,38 @@ def explain(
         if losses["loss"]:
             with model.disabled():
                 losses["loss_backbone"] = _losses(model, streams, model(**inputs))
-            left_out = without or _most_frequent(model, [leader for each in leaders.values() for leader in each])
-            if left_out is not None:
-                with leaving_out(model, left_out):
+            without = without or _most_frequent(model, [leader for each in leaders.values() for leader in each])
+            if without is not None:
+                with leaving_out(model, without):
                     losses["loss_without"] = _losses(model, streams, model(**inputs))
-            without = left_out
     return Explanation(
         text=text,
         target=target,
         experts=list(model.experts),
-        tokens=[
-            token for name, stream in streams.items() for token in _tokens(model, name, stream, tally, losses)
-        ],
+        tokens=[token for name, stream in streams.items() for token in _tokens(model, name, stream, tally, losses)],
         tails={name: stream.tail for name, stream in streams.items()},
         depths=tally.depths,
         weight_by_depth=tally.weight_by_depth(),
         contribution_by_depth=tally.contribution_by_depth(),
         without=without if "loss_without" in losses else None,
-        composition=asdict(model.composition),
+        composition=_described(model),
     )
 
 
 @contextmanager
-def leaving_out(model: ComposedModel, expert: str) -> Iterator[None]:
-    """Inside the block no router can choose `expert`: its score is masked before the choice."""
-    index = model.index(expert)
-    masks = [mixture.router.allowed for mixture in model.mixtures.values() if hasattr(mixture.router, "allowed")]
-    before = [mask.clone() for mask in masks]  # type: ignore[union-attr]
+def leaving_out(model: ComposedModel, expert: str) -> Generator[None]:
+    """Inside the block no router can choose `expert`: its score is masked before the choice, as if it was not in the
+    pool. Raises ValueError where a router weighs all experts without choosing."""
+    before = model.active
+    model.index(expert)
     try:
-        for mask in masks:
-            mask[index] = False  # type: ignore[index]
+        model.set_active([other for other in before if other != expert])
         yield
     finally:
-        for mask, kept in zip(masks, before, strict=True):
-            mask.copy_(kept)  # type: ignore[union-attr]
+        model.set_active(None if len(before) == len(model.experts) else before)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """The tokens of one text, with the slice of the text that each stands for."""
-
-    ids: list[int]
-    mask: list[int]
-    types: list[int] | None
-    names: list[str]
-    pieces: list[str]
-    special: list[bool]
-    tail: str
-
-
-def _read(model: ComposedModel, tokenizer: Any, text: str, target: str | None) -> dict[str, _Stream]:
-    two = bool(getattr(getattr(model.backbone, "config", None), "is_encoder_decoder", False))
-    if target is not None and not two:
-        raise ValueError("target: this backbone has no decoder of its own; put the answer into the text.")
-    streams = {"source" if two else "text": _stream(tokenizer, text)}
-    if target is not None:
-        streams["target"] = _stream(tokenizer, target, as_target=True)
-    longest = getattr(getattr(model.backbone, "config", None), "max_position_embeddings", None)
-    for name, stream in streams.items():
-        if not stream.ids:
-            raise ValueError(f"{name}: the text has no tokens; give some text to explain.")
-        if longest and len(stream.ids) > longest:
-            raise ValueError(f"{name}: {len(stream.ids)} tokens, but the backbone takes {longest}; shorten the text.")
-    return streams
-
-
-def _stream(tokenizer: Any, text: str, as_target: bool = False) -> _Stream:
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(**{"text_target" if as_target else "text": text}, return_offsets_mapping=fast)
-    ids = list(encoded["input_ids"])
-    special = set(tokenizer.all_special_ids)
-    if fast:
-        pieces, tail = _slices(text, encoded["offset_mapping"])
-    else:
-        starts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-        pieces, tail = [b[len(a) :] for a, b in zip(starts, starts[1:], strict=False)], ""
-    return _Stream(
-        ids=ids,
-        mask=list(encoded["attention_mask"]),
-        types=list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None,
-        names=list(tokenizer.convert_ids_to_tokens(ids)),
-        pieces=pieces,
-        special=[number in special for number in ids],
-        tail=tail,
-    )
-
-
-def _slices(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[str], str]:
-    """Cuts the text where its tokens end, so that nothing is lost and nothing is shown twice.
-
-    A character that several byte-level tokens share goes to the first of them.
-    """
-    pieces: list[str] = []
-    cursor = 0
-    for _, end in offsets:
-        pieces.append(text[cursor : max(cursor, end)])
-        cursor = max(cursor, end)
-    return pieces, text[cursor:]
-
-
-def _inputs(model: ComposedModel, streams: dict[str, _Stream]) -> dict[str, Tensor]:
-    device = next(model.backbone.parameters()).device
-    first = next(iter(streams.values()))
-    inputs = {"input_ids": first.ids, "attention_mask": first.mask}
-    accepted = inspect.signature(model.backbone.forward).parameters
-    if first.types is not None and "token_type_ids" in accepted:
-        inputs["token_type_ids"] = first.types
-    if "target" in streams:
-        inputs["labels"] = streams["target"].ids
-    elif "source" in streams:
-        inputs["decoder_input_ids"] = [model.backbone.config.decoder_start_token_id]  # type: ignore[union-attr]
-    return {name: torch.tensor([values], device=device) for name, values in inputs.items() if name in accepted}
-
-
-def _losses(model: ComposedModel, streams: dict[str, _Stream], output: Any) -> dict[str, list[float | None]]:
+def _losses(model: ComposedModel, streams: dict[str, Stream], output: Any) -> dict[str, list[float | None]]:
     """Cross-entropy of each token of each stream that the model predicts, in nats."""
     if "target" in streams:
         ids, logits, first = streams["target"].ids, output.logits[0], []
@@ -242,12 +160,15 @@ def _predicts_next(backbone: nn.Module) -> bool:
 
 
 def _most_frequent(model: ComposedModel, leaders: Sequence[int | None]) -> str | None:
+    """The expert that leads most tokens; None where nobody leads, or where routers weigh all experts at once."""
+    if any(not hasattr(mixture.router, "allowed") for mixture in model.mixtures.values()):
+        return None
     counts = [leaders.count(expert) for expert in range(len(model.experts))]
     return model.experts[counts.index(max(counts))] if any(counts) else None
 
 
 def _tokens(
-    model: ComposedModel, name: str, stream: _Stream, tally: Tally, losses: dict[str, dict[str, list[float | None]]]
+    model: ComposedModel, name: str, stream: Stream, tally: Tally, losses: dict[str, dict[str, list[float | None]]]
 ) -> Iterator[ExplainedToken]:
     leaders, margins = tally.leaders(name), tally.margins(name)
     weights, contributions = tally.weights(name), tally.contributions(name)
@@ -283,7 +204,7 @@ def _acting(experts: Sequence[str], weights: Sequence[float], contributions: Seq
 
 
 @contextmanager
-def _evaluating(model: ComposedModel) -> Iterator[None]:
+def _evaluating(model: ComposedModel) -> Generator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -291,3 +212,10 @@ def _evaluating(model: ComposedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _described(model: ComposedModel) -> dict[str, Any]:
+    """The composition as it is recorded, without the experts' lists of sites."""
+    described = asdict(model.composition)
+    described["experts"] = [{k: v for k, v in dict(card).items() if k != "sites"} for card in described["experts"]]
+    return described

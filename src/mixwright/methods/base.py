@@ -5,7 +5,7 @@ folder's `model.py` and `recipe.py` when they are called.
 """
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mixwright import methods
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
@@ -49,6 +49,12 @@ class Method:
     ) -> "ComposedModel":
         """One model out of backbones and the active experts of a catalogue."""
         raise NotImplementedError(f"{self.name} does not compose.")
+
+    def restore(
+        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
+    ) -> "ComposedModel":
+        """The model whose `added_state()` was `state`, on the same backbone; `pool` are the ids of its experts."""
+        raise NotImplementedError(f"{self.name} does not restore saved compositions.")
 
     def stages(self, config: Any) -> "tuple[Stage, ...]":
         """What is trained, in order."""

@@ -11,7 +11,7 @@ def product_svd(
     """S and V^T of the thin SVD of `up @ down`, singular values descending, by a QR of each factor; float64 inside.
 
     With up = Q_u R_u and down^T = Q_d R_d, the SVD of R_u R_d^T (rank x rank) is turned by Q_d. A row of V^T that
-    belongs to a singular value of zero is arbitrary; where rank exceeds d_in or d_out, S and V^T are filled up with zeros.
+    belongs to a singular value of zero is arbitrary; where rank exceeds d_in or d_out, S and V^T are filled up with 0.
     """
     rank = down.shape[0]
     inner_up = torch.linalg.qr(up.double(), mode="r").R
@@ -35,8 +35,7 @@ def solve_shifted(
     scaled = rows / diagonal
     if factor is None:
         return scaled
-    if factor.shape[0] > factor.shape[1]:
-        factor = torch.linalg.qr(factor, mode="r").R
-    weighted = factor / diagonal
-    core = torch.eye(len(factor), dtype=factor.dtype, device=factor.device) + weighted @ factor.T
+    small: Tensor = torch.linalg.qr(factor, mode="r").R if factor.shape[0] > factor.shape[1] else factor
+    weighted = small / diagonal
+    core = torch.eye(len(small), dtype=small.dtype, device=small.device) + weighted @ small.T
     return scaled - (rows @ weighted.T) @ torch.linalg.solve(core, weighted)

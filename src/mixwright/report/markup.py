@@ -6,7 +6,7 @@ every string passes `escape`.
 
 import html
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -47,6 +47,12 @@ def tag(name: str, /, *content: str, **attributes: object) -> str:
 def _attribute(key: str, value: object) -> str:
     name = key.rstrip("_").replace("_", "-")
     return f" {name}" if value is True else f' {name}="{escape(value)}"'
+
+
+def table(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table in a box that scrolls sideways by itself in a narrow window. Names of columns are escaped here."""
+    top = tag("tr", *(tag("th", escape(name), scope="col") for name in head))
+    return tag("div", tag("table", tag("thead", top), tag("tbody", *rows)), class_="wide", tabindex="0")
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> str:

@@ -1,6 +1,6 @@
 """A colour, an underline and a short label for each expert: colour alone is never the only sign."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Light and dark shade of each hue, told apart by eyes without red or green; each has 3:1 against its page.
@@ -18,7 +18,7 @@ NEUTRAL = ("#6b6b66", "#a5a59e")
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 PAGE = ("#fdfdfb", "#17181a")
 INK = ("#1b1c1e", "#ececea")
-_TINT = (0.20, 0.34)
+_TINT = (0.20, 0.28)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ def labels(experts: Sequence[str]) -> dict[str, str]:
     return taken
 
 
+def palette_rules(styles: Mapping[str, Look]) -> str:
+    """Style rules that give each expert's class its colours on light and on dark pages, and its underline."""
+    light = "".join(f".{c}{{--c:{k.colour[0]};--t:{k.tint[0]};--u:{k.line}}}\n" for c, k in styles.items())
+    dark = "".join(f".{c}{{--c:{k.colour[1]};--t:{k.tint[1]}}}\n" for c, k in styles.items())
+    return f"{light}@media screen and (prefers-color-scheme:dark){{\n{dark}}}\n"
+
+
 def mix(colour: str, page: str, share: float) -> str:
     """`share` of a colour over a page, as a hexadecimal colour."""
     blended = (round(share * a + (1 - share) * b) for a, b in zip(_channels(colour), _channels(page), strict=True))
@@ -78,5 +85,7 @@ def _channels(colour: str) -> tuple[int, ...]:
 
 
 def _luminance(colour: str) -> float:
-    linear = [c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)]
+    linear = [
+        c / 12.92 if (c := value / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for value in _channels(colour)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -5,7 +5,8 @@ from typing import Any
 
 from mixwright.report.markup import escape, tag
 
-_COLUMNS = (("id", "Expert"), ("source", "Source"), ("revision", "Revision"), ("licence", "Licence"), ("sha256", "SHA-256"))
+_COLUMNS = ("Expert", "Task", "Licence", "Source", "Revision", "SHA-256")
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def provenance(composition: Mapping[str, Any]) -> str:
@@ -23,21 +24,29 @@ def provenance(composition: Mapping[str, Any]) -> str:
 
 
 def _experts(experts: Sequence[Mapping[str, Any]]) -> str:
-    columns = [(key, name) for key, name in _COLUMNS if any(expert.get(key) for expert in experts)]
+    rows = [_row(expert) for expert in experts]
+    columns = [name for name in _COLUMNS if any(row[name] for row in rows)]
     if not columns:
         return ""
-    head = tag("tr", *(tag("th", escape(name), scope="col") for _, name in columns))
-    rows = [
-        tag("tr", *(tag("td", tag("bdi", escape(_short(key, expert.get(key))))) for key, _ in columns)) for expert in experts
-    ]
-    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="words")
-    return tag("div", table, class_="wide", tabindex="0")
+    head = tag("tr", *(tag("th", escape(name), scope="col") for name in columns))
+    lines = [tag("tr", *(tag("td", tag("bdi", escape(row[name]))) for name in columns)) for row in rows]
+    return tag(
+        "div", tag("table", tag("thead", head), tag("tbody", *lines), class_="words"), class_="wide", tabindex="0"
+    )
 
 
-def _short(key: str, value: Any) -> str:
-    if value is None or value == "":
-        return "unknown" if key == "licence" else ""
-    return str(value)[:16] + "\u2026" if key == "sha256" and len(str(value)) > 17 else str(value)
+def _row(expert: Mapping[str, Any]) -> dict[str, str]:
+    """An expert's card, or as much of one as was recorded, as cells."""
+    given = expert.get("source")
+    source = given if isinstance(given, Mapping) else {"name": given, "revision": expert.get("revision")}
+    digest = expert.get("sha256") or (expert.get("files") or {}).get(_WEIGHTS, {}).get("sha256") or ""
+    named = " ".join(str(source[key]) for key in ("kind", "name") if source.get(key))
+    cells = (expert.get("id"), expert.get("task"), expert.get("licence") or "unknown", named, source.get("revision"))
+    return dict(zip(_COLUMNS, [str(cell or "") for cell in cells] + [_shortened(str(digest))], strict=True))
+
+
+def _shortened(digest: str) -> str:
+    return digest[:16] + "\u2026" if len(digest) > 17 else digest
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:

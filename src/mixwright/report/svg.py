@@ -82,12 +82,21 @@ def _dot(place: int, row: Dot, low: float, high: float) -> str:
 
     interval = ""
     if row.low is not None and row.high is not None:
-        interval = f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}" class="interval {escape(row.style)}"/>'
+        interval = (
+            f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}" class="interval {escape(row.style)}"/>'
+        )
     spread = "" if row.low is None or row.high is None else f" [{row.low:.4g}, {row.high:.4g}]"
     said = tag("title", escape(f"{row.name}: {row.value:.4g}{spread}"))
     name = tag("text", escape(row.name), x="1%", y=y - 11, class_="name")
+    figure = tag("text", f"{row.value:.4g}", x="99%", y=y - 11, class_="name end")
     track = f'<line x1="1%" x2="99%" y1="{y}" y2="{y}" class="rule"/>'
-    return name + track + interval + tag("circle", said, cx=x(row.value), cy=y, r="5.5", class_=f"dot {row.style}")
+    return (
+        name
+        + figure
+        + track
+        + interval
+        + tag("circle", said, cx=x(row.value), cy=y, r="5.5", class_=f"dot {row.style}")
+    )
 
 
 def sparkline(values: Sequence[float], most: float, style: str, title: str) -> str:
@@ -111,4 +120,6 @@ _GUTTER = 14.0
 
 
 def _chart(height: float, title: str, drawn: Sequence[str]) -> str:
-    return tag("svg", tag("title", escape(title)), *drawn, class_="chart", role="img", width="100%", height=f"{height:g}")
+    return tag(
+        "svg", tag("title", escape(title)), *drawn, class_="chart", role="img", width="100%", height=f"{height:g}"
+    )

@@ -140,5 +140,7 @@ def runs(tokens: Sequence[ExplainedToken]) -> list[tuple[str | None, str]]:
     """Neighbouring tokens with one leader, joined: `(leader, text)`."""
     starts = [0, *(place + 1 for place, (a, b) in enumerate(pairwise(tokens)) if a.leader != b.leader), len(tokens)]
     return [
-        (tokens[start].leader, "".join(token.text for token in tokens[start:end])) for start, end in pairwise(starts) if start < end
+        (tokens[start].leader, "".join(token.text for token in tokens[start:end]))
+        for start, end in pairwise(starts)
+        if start < end
     ]

@@ -13,11 +13,6 @@ class AbstractRouter(nn.Module, ABC):
 
     num_experts: int
 
-    @property
-    def remembers(self) -> bool:
-        """Whether a token's routing depends on tokens of earlier passes, so that a cache has to carry a memory."""
-        return False
-
     @abstractmethod
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The routing of this pass; its decision axes broadcast against those of `x`."""

@@ -1,7 +1,7 @@
 """What a token's router is told of other sites and other tokens: running means of probabilities, as log priors.
 
-Not from the PHATGOOSE paper. Its decisions are made site by site and token by token, and where experts exclude each other
-many independent decisions multiply into failure; these terms share them, in one pass and without a parameter.
+Not from the PHATGOOSE paper. Its decisions are made site by site and token by token, and where experts exclude each
+other many independent decisions multiply into failure; these terms share them, in one pass and without a parameter.
 """
 
 from bisect import bisect_left

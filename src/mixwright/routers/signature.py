@@ -1,7 +1,7 @@
 """Signatures: what an expert's owner says about the expert's text, as statistics, so that others can route to it.
 
 A signature is made of means and variances of the backbone's own activations at one site, and leaves its owner instead
-of the data: `mean` (d_in,), `variance` (d_in,), `count` () in real tokens, and, where the owner chose to save one, `factor`
+of the data: `mean` (d_in,), `variance` (d_in,), `count` () in real tokens, and, unless the owner declined, `factor`
 (rank, d_in), the strongest directions of the covariance, each times its standard deviation. Whoever composes a pool
 makes gates out of the signatures with a few matrix products; there is no gradient step anywhere.
 """
@@ -60,8 +60,8 @@ class SignatureScores(AbstractScores):
 
     The linear discriminant of Gaussians with one covariance (Hastie et al. 2009, eq. 4.10) with equal priors. `mu` is
     the mean of the pool's means; subtracting it changes every score of a token alike, so no routing among experts,
-    and makes zero mean something: the token is as likely under the pool's centre as under the expert. That is where a null
-    expert stands. T, `temperature`, is 1 for the discriminant itself.
+    and makes zero mean something: the token is as likely under the pool's centre as under the expert. That is where a
+    null expert stands. T, `temperature`, is 1 for the discriminant itself.
     """
 
     def __init__(
@@ -100,9 +100,7 @@ class SignatureScores(AbstractScores):
         return cls(all_weight, all_bias, temperature)
 
 
-def redundancy(
-    signatures: Sequence[Signature], shrinkage: float = SHRINKAGE
-) -> Float[Tensor, "experts experts"]:
+def redundancy(signatures: Sequence[Signature], shrinkage: float = SHRINKAGE) -> Float[Tensor, "experts experts"]:
     """Bhattacharyya coefficient exp(-D^2 / 8) of each pair, D the Mahalanobis distance of the means under Sigma.
 
     1 for two experts of the same text, near 0 for experts that are told apart at a glance.

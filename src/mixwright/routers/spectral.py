@@ -30,7 +30,7 @@ class SpectralScores(AbstractScores):
 
     @classmethod
     def from_lora(cls, factors: Sequence[tuple[Tensor, Tensor, float] | None]) -> "SpectralScores":
-        """M_e = S_e V_e^T, from `(down, up, scale)` of each expert; None scores 0 and has to be masked by the router."""
+        """M_e = S_e V_e^T, from `(down, up, scale)` of each expert; None scores 0 and has to be masked."""
         return cls(torch.stack(right_vectors(factors, weighted=True)))
 
     @classmethod

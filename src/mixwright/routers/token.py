@@ -41,8 +41,8 @@ class TokenRouter(AbstractRouter):
     mean over their whole sequence.
 
     `stream` says whose tokens pass here, `order` is the site's place in the order of execution, its own number within
-    the model. A site apart, whose input has no token axis (a pooler's), has the stream `alone/<path>` and shares nothing.
-    The state is `condition.memory`; a router has none.
+    the model. A site apart, whose input has no token axis (a pooler's), has the stream `alone/<path>` and shares
+    nothing. The state is `condition.memory`; a router has none.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class TokenRouter(AbstractRouter):
         if consensus < 0.0 or prior < 0.0:
             raise ValueError(f"consensus={consensus}, prior={prior}; both are weights, 0 (off) or more.")
         if stream not in STREAMS and not stream.startswith(ALONE):
-            raise ValueError(f"stream={stream!r}; accepted are {', '.join(STREAMS)}, and {ALONE}<path> for a site apart.")
+            raise ValueError(
+                f"stream={stream!r}; accepted are {', '.join(STREAMS)}, and {ALONE}<path> for a site apart."
+            )
         self.scores = scores
         self.top_k = top_k
         self.null_expert = null_expert
@@ -79,15 +81,14 @@ class TokenRouter(AbstractRouter):
         self.prior = prior
         self.stream = stream
         self.order = order
-        self.register_buffer("allowed", self._for_pool("allowed", allowed, torch.ones(self.num_experts, dtype=torch.bool)))
-        self.register_buffer("offset", None if offset is None else self._for_pool("offset", offset, torch.zeros(self.num_experts)))
+        self.register_buffer(
+            "allowed", self._for_pool("allowed", allowed, torch.ones(self.num_experts, dtype=torch.bool))
+        )
+        self.register_buffer(
+            "offset", None if offset is None else self._for_pool("offset", offset, torch.zeros(self.num_experts))
+        )
         self.allowed: Tensor
         self.offset: Tensor | None
-
-    @property
-    def remembers(self) -> bool:
-        """Whether a token's routing depends on tokens of earlier passes, so that a cache has to carry a memory."""
-        return (self.pooling > 0.0 or self.prior > 0.0) and not self.stream.startswith(ALONE)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The k best experts of every token, best first."""
@@ -144,14 +145,20 @@ class TokenRouter(AbstractRouter):
         if condition.memory is None or not condition.memory.is_open:
             raise ValueError(
                 f"the router at {self.stream} site {self.order} shares decisions (consensus={self.consensus}, "
-                f"pooling={self.pooling}, prior={self.prior}) and needs the memory of a running pass: call the composed model, "
-                "not a layer of it, or give Condition(memory=RoutingMemory()). Activation checkpointing runs layers "
-                "again outside of the pass; switch it off, or these options."
+                f"pooling={self.pooling}, prior={self.prior}) and needs the memory of a running pass: call the "
+                "composed model, not a layer of it, or give Condition(memory=RoutingMemory()). Activation checkpointing "
+                "runs layers again outside of the pass; switch it off, or these options."
+            )
+        if condition.memory.unseen and (self.pooling > 0.0 or self.prior > 0.0):
+            raise ValueError(
+                f"the cache holds {condition.memory.unseen} tokens of which the router at {self.stream} site "
+                f"{self.order} knows nothing, and with pooling={self.pooling}, prior={self.prior} it needs to. Give "
+                "the cache that an earlier pass of this model returned, made under the same router, or none."
             )
         return condition.memory
 
     def _real(self, rows: Tensor, condition: Condition) -> Tensor:
-        """1 for real tokens, 0 for padding, `(batch, seq)`: the last columns of the mask, which begins with the cache's."""
+        """1 for real tokens, 0 for padding, `(batch, seq)`: a mask's last columns, as it may begin with a cache's."""
         mask = condition.token_mask if self.stream == "decoder" else condition.encoder_mask
         batch, seq = rows.shape[:2]
         if mask is None or mask.shape[1] < seq:
@@ -162,7 +169,9 @@ class TokenRouter(AbstractRouter):
         if given is None:
             return neutral
         if len(given) not in (self.scores.num_experts, self.num_experts):
-            raise ValueError(f"{name} has {len(given)} entries for a pool of {self.num_experts} experts; give one for each.")
+            raise ValueError(
+                f"{name} has {len(given)} entries for a pool of {self.num_experts} experts; give one for each."
+            )
         return torch.cat([given.to(neutral.dtype), neutral[len(given) :].to(given.device)])
 
 

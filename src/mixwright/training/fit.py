@@ -16,6 +16,7 @@ from mixwright.files import exclusive_lock
 from mixwright.recipe import TrainConfig
 from mixwright.training.checkpoint import Checkpoints, Snapshot
 from mixwright.training.interrupt import Interruption, interruption
+from mixwright.training.processes import make_accelerator
 from mixwright.training.progress import Report, reporting
 from mixwright.training.randomness import own_randomness
 from mixwright.training.stage import Stage
@@ -60,7 +61,7 @@ def fit(
         KeyboardInterrupt: after a checkpoint of the last whole step, when a folder is given.
     """
     config = config or TrainConfig()
-    accelerator = Accelerator(log_with=config.tracker, project_dir=None if folder is None else str(folder))
+    accelerator = make_accelerator(config.tracker, None if folder is None else str(folder))
     with ExitStack() as stack:
         stack.enter_context(own_randomness())
         main = accelerator.is_main_process

@@ -41,6 +41,8 @@ class Stage:
     """(model, batch) -> the loss summed over the batch's targets; the loop divides by how many there are in the step."""
     warmup: float = 0.06
     """Share of the steps in which the learning rates rise from 0, which the first step has; constant afterwards."""
+    cooldown: float = 0.0
+    """Share of the steps, the last ones, in which they fall towards 0 again."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -60,8 +62,10 @@ class Stage:
         return int(self.warmup * self.steps)
 
     def rate(self, step: int) -> float:
-        """The share of the full learning rate that update `step` (from 0) has: linear from 0, then 1."""
-        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        """The share of the full learning rate that update `step` (from 0) has: linear from 0, then 1, then falling."""
+        rising = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        falling = int(self.cooldown * self.steps)
+        return min(rising, (self.steps - step) / falling) if falling else rising
 
 
 @dataclass(frozen=True, kw_only=True)

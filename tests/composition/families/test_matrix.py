@@ -29,7 +29,9 @@ def built() -> dict[str, ComposedModel]:
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest, built: dict[str, ComposedModel], pool_of: Any, composed: Any) -> ComposedModel:
+def model(
+    request: pytest.FixtureRequest, built: dict[str, ComposedModel], pool_of: Any, composed: Any
+) -> ComposedModel:
     family = request.param
     if family not in built:
         backbone = tiny_backbone(family)
@@ -145,7 +147,9 @@ def test_generate_with_and_without_cache(model: ComposedModel, mode: str) -> Non
     answers = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        answers.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, **settings))
+        answers.append(
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, **settings)
+        )
     assert torch.equal(*answers)
     with model.disabled():
         torch.manual_seed(0)

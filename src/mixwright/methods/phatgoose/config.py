@@ -1,13 +1,13 @@
 """PHATGOOSE's card and its configuration; the defaults are the paper's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixwright.methods.base import Method, Paper
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
@@ -61,6 +61,14 @@ class Phatgoose(Method):
         from mixwright.methods.phatgoose.model import compose
 
         return compose(config, backbones, catalog)
+
+    def restore(
+        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
+    ) -> "ComposedModel":
+        """See `mixwright.methods.phatgoose.stored.restore`."""
+        from mixwright.methods.phatgoose.stored import restore
+
+        return restore(config, backbone, state, pool)
 
     def stages(self, config: Any) -> "tuple[Stage, ...]":
         """See `mixwright.methods.phatgoose.recipe.stages`."""

@@ -1,6 +1,6 @@
 """One expert on a backbone, as PHATGOOSE trains it: first the LoRA alone, then its gate alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,38 +11,24 @@ from mixwright.experts.lora import LoraExperts
 from mixwright.methods.phatgoose.config import PhatgooseConfig
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import SigmoidGate
-from mixwright.sites import Site, linear_sites, select
+from mixwright.sites import linear_sites, target_sites
 from mixwright.training.stage import Trained
 
 INIT_STD = 0.01
-ALL_LINEAR = "all-linear"
-
-
-def expert_sites(backbone: nn.Module, patterns: Sequence[str]) -> dict[str, Site]:
-    """The sites that a new expert adapts. `all-linear`: every linear layer of every block (section 4.1).
-
-    A block is a member of a numbered list (`layers.0`), so embeddings, poolers and heads are left out; a backbone
-    without such lists gives all its linear layers. Raises ValueError when there is none, or a pattern names none.
-    """
-    sites = linear_sites(backbone)
-    if not sites:
-        raise ValueError(f"{type(backbone).__name__} has no linear layer to adapt.")
-    in_blocks = [path for path in sites if any(part.isdigit() for part in path.split("."))]
-    chosen = set(in_blocks or sites) if ALL_LINEAR in patterns else set[str]()
-    named = [pattern for pattern in patterns if pattern != ALL_LINEAR]
-    chosen.update(select(list(sites), named) if named else ())
-    return {path: site for path, site in sites.items() if path in chosen}
 
 
 def new_expert(backbone: nn.Module, config: PhatgooseConfig, seed: int, expert_id: str = "expert") -> ComposedModel:
     """An untrained expert at weight 1: h = W u + (alpha / r) B A u, with A ~ N(0, 0.01^2) and B = 0 (released code).
 
-    The factors are float32 whatever the backbone's dtype, drawn from `seed` alone, site after site.
+    Sites are those of `config.target_modules`; by default every linear layer of every block (section 4.1). The factors are
+    float32 whatever the backbone's dtype, drawn from `seed` alone, site after site.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = config.alpha / config.rank
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for path, site in expert_sites(backbone, config.target_modules).items():
+    sites = linear_sites(backbone)
+    for path in target_sites(backbone, config.target_modules):
+        site = sites[path]
         down = torch.empty(config.rank, site.d_in).normal_(0.0, INIT_STD, generator=generator)
         factors[path] = (down, torch.zeros(site.d_out, config.rank), scale)
     return at_full_strength(backbone, factors, expert_id)
@@ -71,15 +57,18 @@ def with_gates(model: ComposedModel) -> ComposedModel:
     return model
 
 
-def trained_expert(model: ComposedModel) -> Trained:
-    """The factors, and the gates if there are any, of a model with one expert; padding to a common rank is not undone."""
+def trained_expert(model: ComposedModel, scale: float | None = None) -> Trained:
+    """The factors, and the gates if there are any, of a model with one expert.
+
+    `scale` is the exact alpha / r; without it the float32 one that the model holds.
+    """
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     gates: dict[str, Tensor] = {}
     for path, mixture in model.mixtures.items():
         experts = mixture.experts
         down, up = experts.get_parameter("down"), experts.get_parameter("up")
-        scale = experts.get_buffer("scale")
-        factors[path] = (down[0].detach().cpu().clone(), up[0].detach().cpu().clone(), scale[0].item())
+        held = experts.get_buffer("scale")[0].item() if scale is None else scale
+        factors[path] = (down[0].detach().cpu().clone(), up[0].detach().cpu().clone(), held)
         if isinstance(mixture.router, SigmoidGate):
             gates[path] = mixture.router.gate[0].detach().float().cpu().clone()
     return Trained(factors=factors, gates=gates or None)

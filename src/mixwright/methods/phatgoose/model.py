@@ -28,6 +28,7 @@ from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
+from mixwright.routers.shared import share
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
@@ -65,6 +66,9 @@ def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "C
         path: Mixture(backbone.get_submodule(path), _router(path, experts, settled, seen), _members(path, experts, pool, backbone))
         for path in seen.sites
     }
+    for paths in seen.groups():
+        routers = (mixtures[path].router for path in paths)
+        share(router.scores for router in routers if isinstance(router, TokenRouter))
     model = ComposedModel(backbone, mixtures, pool, _description(settled, backbone, experts), seen)
     self_check(model, {expert.id: expert.factors for expert in experts})
     return model

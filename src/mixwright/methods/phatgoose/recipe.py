@@ -23,7 +23,7 @@ def stages(config: PhatgooseConfig) -> tuple[Stage, ...]:
             clip=config.clip,
             choose_every=CHOOSE_EVERY,
             build=lambda backbone, seed, before: _fresh(backbone, config, seed, before),
-            harvest=lambda model: trained_expert(cast(ComposedModel, model)),
+            harvest=lambda model: trained_expert(cast(ComposedModel, model), config.alpha / config.rank),
         ),
         Stage(
             name="gate",

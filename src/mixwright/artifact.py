@@ -1,0 +1,162 @@
+"""A saved composition becomes a model again: its folder is checked, its backbone recognised, its mixtures put back."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixwright import config as configuration
+from mixwright.backbones.hf import fetch, load_backbone
+from mixwright.catalog.document import parse
+from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.saving import ADDED, COMPOSITION, FORMAT, LOCK, StoredComposition
+from mixwright.errors import CatalogError, IncompatibleExpert
+from mixwright.files import read_regular, sha256_bytes
+from mixwright.methods.base import Method
+from mixwright.methods.base import load as load_method
+from mixwright.ops.digest import fingerprint
+from mixwright.yaml12 import parse_yaml
+
+_HEADER_LIMIT = 1 << 24
+_TEXT_LIMIT = 1 << 24
+_ADDED_LIMIT = 1 << 40
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+
+
+def load(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+) -> ComposedModel:
+    """The model that `save_pretrained` wrote, from its folder or a hub repository (at `revision`).
+
+    `backbone`: a model, folder or hub id to use in place of the one that the composition names; it must be the same
+    backbone (its fingerprint is compared). Routing is the same as before saving, to the bit where the dtype is.
+    Raises CatalogError: PATH, JSON, CONFIG, VERSION, HASH, HEADER, DTYPE, VALUE, TENSOR, SHAPE for a folder that is
+    not what was written; IncompatibleExpert (BASE) for another backbone. A backbone that was given is then unchanged.
+    """
+    name = str(folder_or_repo)
+    folder = fetch(folder_or_repo, revision, (COMPOSITION, ADDED, LOCK))
+    stored = read_composition(folder, name)
+    card, settings = _method(stored, name)
+    lock = parse(_read(folder, LOCK, name), f"{name}/{LOCK}")
+    state = read_added(folder, lock, name)
+    model = _backbone(stored, backbone, device_map, dtype)
+    _recognise(model, stored, name)
+    composed = card.restore(settings, model, state, stored.pool)
+    composed.composition = Composition(
+        method=stored.method,
+        config=stored.config,
+        backbone={f.name: getattr(stored.backbone, f.name) for f in fields(stored.backbone)},
+        experts=tuple(lock.get("experts", ())),
+        citation=card.paper.bibtex,
+    )
+    _all_used(composed, state, name)
+    if stored.active is not None:
+        composed.set_active([expert for expert in stored.active if expert in composed.experts])
+    return composed
+
+
+def read_composition(folder: Path, name: str) -> StoredComposition:
+    """`composition.yaml`, strictly. Raises CatalogError: PATH, CONFIG, VERSION."""
+    data = _read(folder, COMPOSITION, name)
+    try:
+        raw = parse_yaml(data.decode(), COMPOSITION)
+        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+            raise CatalogError(
+                "VERSION",
+                name,
+                f"format {str(raw.get('format'))[:20]} of {COMPOSITION}; this mixwright reads {FORMAT}.",
+            )
+        return configuration.decode(StoredComposition, raw, where=COMPOSITION)
+    except ValueError as error:
+        raise CatalogError("CONFIG", name, str(error)[:400]) from error
+
+
+def _method(stored: StoredComposition, name: str) -> tuple[Method, Any]:
+    try:
+        card = load_method(stored.method)
+        return card, configuration.decode(card.config, stored.config, where=f"{COMPOSITION}: config")
+    except ValueError as error:
+        raise CatalogError("CONFIG", name, str(error)[:400]) from error
+
+
+def read_added(folder: Path, lock: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The added tensors. Read once: hashed, their header checked, then parsed out of the same bytes.
+
+    Raises CatalogError: PATH, HASH, HEADER, DTYPE, VALUE.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse_tensors
+
+    data = _read(folder, ADDED, name, _ADDED_LIMIT)
+    record = (lock.get("added") or {}).get(ADDED) or {}
+    if sha256_bytes(data) != record.get("sha256"):
+        raise CatalogError(
+            "HASH", name, f"{ADDED} is not the file that {LOCK} was written for; copy the folder or download it again."
+        )
+    where = f"{name}/{ADDED}"
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(_HEADER_LIMIT, len(data) - 8):
+        raise CatalogError("HEADER", where, f"its header claims {length} bytes; it is cut off or no safetensors file.")
+    header = parse(data[8 : 8 + length], where, code="HEADER")
+    for tensor, entry in header.items():
+        if tensor != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES):
+            raise CatalogError("DTYPE", where, f"{tensor[:80]!r} has a dtype that no composition has.")
+    try:
+        state = parse_tensors(data)
+    except SafetensorError as error:
+        raise CatalogError("HEADER", where, f"it can't be read ({str(error)[:120]}).") from error
+    for tensor, values in state.items():
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise CatalogError("VALUE", where, f"{tensor[:80]!r} holds NaN or infinite values.")
+    return state
+
+
+def _read(folder: Path, file: str, name: str, limit: int = _TEXT_LIMIT) -> bytes:
+    try:
+        return read_regular((folder / file).resolve(), limit)
+    except FileNotFoundError as error:
+        raise CatalogError(
+            "PATH", name, f"there is no {file}; expected a folder that save_pretrained wrote."
+        ) from error
+
+
+def _backbone(stored: StoredComposition, given: Any, device_map: Any, dtype: Any) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    if given is None and not stored.backbone.path:
+        raise ValueError("the backbone of this composition was built in memory; pass it: load(folder, backbone=model).")
+    return load_backbone(
+        given or stored.backbone.path,
+        revision=None if given is not None else stored.backbone.revision,
+        dtype=dtype or stored.backbone.dtype,
+        kind=stored.backbone.kind,
+        device_map=device_map,
+    )
+
+
+def _recognise(backbone: nn.Module, stored: StoredComposition, name: str) -> None:
+    found = fingerprint(backbone)
+    if found != stored.backbone.fingerprint:
+        raise IncompatibleExpert(
+            "BASE",
+            name,
+            f"it stands on {stored.backbone.architecture} {stored.backbone.path!r} with the fingerprint "
+            f"{stored.backbone.fingerprint}; this backbone has {found}. Give the backbone that it was composed on.",
+        )
+
+
+def _all_used(composed: ComposedModel, state: dict[str, Tensor], name: str) -> None:
+    restored = {key: tuple(tensor.shape) for key, tensor in composed.added_state().items()}
+    strange = sorted(set(restored.items()) ^ {(key, tuple(tensor.shape)) for key, tensor in state.items()})
+    if strange:
+        composed.remove()
+        raise CatalogError(
+            "TENSOR", name, f"{strange[0][0][:80]!r} was stored or restored alone; the folder is broken."
+        )

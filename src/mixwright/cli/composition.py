@@ -1,0 +1,42 @@
+"""What verbs on a finished composition share: opening one, with its tokenizer, and reading the text it is given."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mixwright.composition.model import ComposedModel
+
+Folder = Annotated[Path, typer.Argument(metavar="COMPOSITION", help="A folder that `mixwright compose` wrote.")]
+Backbone = Annotated[
+    str | None, typer.Option("--backbone", help="Where the backbone lies now, if not where it lay at `compose`.")
+]
+
+
+def opened(folder: Path, backbone: str | None) -> tuple["ComposedModel", Any]:
+    """The composed model in a folder, and the tokenizer that lies beside its backbone."""
+    from mixwright.api import load
+    from mixwright.backbones.hf import load_tokenizer
+
+    model = load(folder, backbone=backbone)
+    recorded = model.composition.backbone
+    home = backbone or str(recorded.get("path") or "")
+    if not home:
+        raise ValueError(f"{folder} does not say where its backbone lies; give --backbone FOLDER.")
+    return model, load_tokenizer(home, revision=None if backbone else recorded.get("revision"))
+
+
+def text_of(option: str, text: str | None, file: str | None) -> str:
+    """The text that was given, or what a file holds; `-` is standard input. Raises ValueError for both or neither."""
+    if (text is None) == (file is None):
+        raise ValueError(f"give one of {option} TEXT and --file FILE (- is standard input).")
+    if text is not None:
+        return text
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(str(file)).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}).") from None

@@ -1,0 +1,157 @@
+"""`run`: a composed model answers a prompt, and says which experts acted."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixwright.cli.composition import Backbone, Folder, opened, text_of
+from mixwright.cli.output import Json, console, example, print_json
+
+if TYPE_CHECKING:
+    from mixwright.composition.model import ComposedModel
+    from mixwright.routing import Routing
+
+_EXAMPLE = (
+    "mixwright run composed --prompt 'Permission is hereby'",
+    "mixwright run composed --prompt '- func: add' --max-new-tokens 32 --trace",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("run", rich_help_panel="Look at the result", epilog=example(*_EXAMPLE))(run)
+
+
+def run(
+    composition: Folder,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the model goes on from, or answers.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="A file that holds it; - is standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Where sampling starts.")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Explain every token of prompt and answer.")] = False,
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """Write the answer as it comes, and which experts had the say in it."""
+    given = text_of("--prompt", prompt, file)
+    model, tokenizer = opened(composition, backbone)
+    can_generate = getattr(model.backbone, "can_generate", None)
+    if can_generate is None or not can_generate():
+        raise ValueError("this backbone writes no text; `mixwright explain` shows what its experts do.")
+    from mixwright.evaluation.explain import explain
+
+    say: Callable[[str], None] = _quiet if as_json else _write
+    model.eval()
+    with model.trace() as routings:
+        answer, count = _generate(model, tokenizer, given, say, max_new_tokens, temperature, seed)
+    say("\n")
+    shares = applied(model, routings)
+    explained = None
+    if trace and _two_streams(model):
+        explained = explain(model, tokenizer, given, target=answer)
+    elif trace:
+        explained = explain(model, tokenizer, given + answer)
+    if as_json:
+        acted = [{"expert": expert, "weight": weight} for expert, weight in shares]
+        full = explained.to_dict() if explained is not None else None
+        print_json({"prompt": given, "text": answer, "tokens": count, "experts": acted, "trace": full})
+        return
+    console().print()
+    console().print(f"{count} tokens; " + ", ".join(f"{e} {100 * w:.0f}%" for e, w in shares[:6]), markup=False)
+    if explained is not None:
+        from mixwright.report.terminal import print_explanation
+
+        console().print()
+        print_explanation(explained, console())
+
+
+def _generate(
+    model: "ComposedModel",
+    tokenizer: Any,
+    prompt: str,
+    say: Callable[[str], None],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> tuple[str, int]:
+    import torch
+
+    device = next(model.backbone.parameters()).device
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(device)
+    if not ids.shape[1]:
+        raise ValueError("the prompt has no tokens; give some text.")
+    stream = _Stream(tokenizer, say)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.generate(
+            input_ids=ids,
+            attention_mask=encoded["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=stream,
+            **sampling,
+        )
+    return stream.text, len(stream.ids)
+
+
+def _two_streams(model: "ComposedModel") -> bool:
+    return bool(getattr(getattr(model.backbone, "config", None), "is_encoder_decoder", False))
+
+
+def applied(model: "ComposedModel", routings: "dict[str, list[Routing]]") -> list[tuple[str, float]]:
+    """Each expert's share of the applied routing weight over all sites and tokens, the largest first."""
+    import torch
+
+    total = torch.zeros(len(model.experts))
+    for each in routings.values():
+        for routing in each:
+            total += routing.dense().reshape(-1, len(model.experts)).float().sum(0).cpu()
+    shares = (total / total.sum().clamp_min(1e-12)).tolist()
+    order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
+    return [(model.experts[place], shares[place]) for place in order if shares[place] > 0]
+
+
+class _Stream:
+    """What `generate` hands its tokens to: whole characters are said as soon as they are known."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._say = say
+        self._started = False
+
+    def put(self, value: Any) -> None:
+        """Some more token ids; the first call brings the prompt, or a decoder's start token."""
+        if not self._started:
+            self._started = True
+            return
+        self.ids += value.flatten().tolist()
+        self._tell(self._tokenizer.decode(self.ids, skip_special_tokens=True), whole=False)
+
+    def end(self) -> None:
+        """No more tokens follow."""
+        self._tell(self._tokenizer.decode(self.ids, skip_special_tokens=True), whole=True)
+
+    def _tell(self, text: str, *, whole: bool) -> None:
+        if whole or not text.endswith("\ufffd"):
+            self._say(text[len(self.text) :])
+            self.text = text
+
+
+def _write(text: str) -> None:
+    from mixwright.report.markup import visible
+
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
+
+
+def _quiet(text: str) -> None:
+    del text

@@ -1,0 +1,118 @@
+"""`train`: an expert out of a recipe, and its gate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixwright.cli.output import DryRun, Json, Settings, console, example, print_json, print_table
+
+if TYPE_CHECKING:
+    from mixwright.training.run import TrainingReport
+
+_RECIPE = (
+    "cat law.yaml",
+    "backbone: my-backbone",
+    "catalog: my-catalog",
+    "output_dir: runs/law",
+    "expert: {id: law, task: answer questions about contracts}",
+    "data: {train: law.jsonl, validation: law-held-out.jsonl}",
+    "config: {rank: 16}",
+    "mixwright train law.yaml --dry-run",
+    "mixwright train law.yaml",
+    "mixwright train law.yaml --resume",
+    "mixwright train law.yaml --stage gate --set config.gate_steps=200",
+    "torchrun --nproc-per-node 4 -m mixwright train law.yaml",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("train", rich_help_panel="Make", epilog=example(*_RECIPE))(train)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; `mixwright schema NAME` prints one.")],
+    stage: Annotated[str | None, typer.Option("--stage", help="Run one stage of the method alone.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was cut off.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: in spite of changed settings. Without: start over.")
+    ] = False,
+    dry_run: DryRun = False,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train an expert as a recipe says, stage after stage, and put it into the catalogue.
+
+    Rows of a JSONL file are prompt and completion, text, or text and label. A run that was cut off, however, loses at most
+    the steps since its last checkpoint (train.checkpoint_every); --resume goes on to the same weights.
+    """
+    from mixwright.api import train as run
+    from mixwright.recipe import read_recipe
+
+    report = run(
+        read_recipe(recipe, settings or ()), stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json
+    )
+    from mixwright.training.processes import process_state
+
+    if not process_state().is_main_process:
+        return
+    if as_json:
+        print_json(_plain(report))
+    elif dry_run:
+        _show_plan(report)
+    else:
+        _show_result(report)
+
+
+def _plain(report: "TrainingReport") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    value = asdict(report)
+    for stage in value["stages"].values():
+        del stage["losses"]
+    return value
+
+
+def _show_plan(report: "TrainingReport") -> None:
+    rows = [
+        (
+            plan.name,
+            plan.steps,
+            plan.examples_per_step,
+            len(plan.sites),
+            f"{plan.trainable:,}",
+            *(f"{size / 2**20:,.1f}" for size in plan.memory.values()),
+        )
+        for plan in report.plans
+    ]
+    memory = [f"MiB {name}" for name in (report.plans[0].memory if report.plans else ())]
+    print_table(("stage", "steps", "examples/step", "sites", "trained numbers", *memory), rows)
+    held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
+    say = console().print
+    say(f"{report.kind} model; {report.examples} training examples{held_out}; longest of the first: {report.longest} tokens.")
+    for plan in report.plans[:1]:
+        say(f"sites: {', '.join(plan.sites[:4])}{', ...' if len(plan.sites) > 4 else ''}")
+    say("The data was read and checked. Nothing was trained. Activations are measured on one example and scaled up.")
+
+
+def _show_result(report: "TrainingReport") -> None:
+    rows = [
+        (
+            name,
+            fitted.steps,
+            fitted.loss,
+            None if fitted.best is None else fitted.best[0],
+            None if fitted.best is None else fitted.best[1],
+            round(fitted.seconds, 1),
+        )
+        for name, fitted in report.stages.items()
+    ]
+    if rows:
+        print_table(("stage", "steps", "last loss", "kept step", "held-out loss", "seconds"), rows)
+    say = console().print
+    if report.skipped:
+        say(f"done before: {', '.join(report.skipped)}")
+    if any(fitted.best is not None and fitted.best[0] == 0 for fitted in report.stages.values()):
+        say("No step was better than the untrained expert on the held-out data; the untrained one was kept.")
+    say(f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {report.expert}")

@@ -1,0 +1,88 @@
+"""The model card of a composition: what it is made of, under which licences, and how good it was measured to be."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixwright.yaml12 import write_yaml
+
+if TYPE_CHECKING:
+    from mixwright.composition.model import Composition
+    from mixwright.composition.saving import StoredComposition
+
+
+def card_text(stored: "StoredComposition", composition: "Composition") -> str:
+    """The text of README.md: hub metadata, the parts with their licences, how to load it, what to cite."""
+    experts = composition.experts
+    name = stored.backbone.path or stored.backbone.architecture
+    revision = f" at `{stored.backbone.revision}`" if stored.backbone.revision else ""
+    lines = [
+        f"---\n{write_yaml(_metadata(stored, experts))}---",
+        "",
+        f"# {len(stored.pool)} experts on {_plain(name)}",
+        "",
+        f"A composition made with mixwright by the method *{_plain(stored.method)}*. The backbone, "
+        f"`{_plain(name)}`{revision}, is not in this folder; its fingerprint is `{stored.backbone.fingerprint}`.",
+        "",
+        "```python",
+        "import mixwright as mw",
+        "",
+        'model = mw.load("this-folder-or-repository")',
+        "```",
+        "",
+        "## Experts",
+        "",
+        "| id | task | licence | source | gain over the backbone |",
+        "|---|---|---|---|---|",
+        *(_row(expert) for expert in experts),
+        "",
+        "The licence of every part applies to what it contributes. `experts.lock.json` has the SHA-256 of every file.",
+        "",
+        "## Routing",
+        "",
+        *(f"- `{_plain(key)}`: {_plain(value)}" for key, value in stored.config.items()),
+    ]
+    if composition.citation:
+        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    licences = {str(expert.get("licence") or "unknown") for expert in experts}
+    metadata: dict[str, Any] = {
+        "library_name": "mixwright",
+        "tags": ["mixwright", stored.method, "mixture-of-experts", "lora"],
+        "license": licences.pop().lower() if len(licences) == 1 else "other",
+    }
+    if stored.backbone.path.count("/") == 1 and not stored.backbone.path.startswith((".", "/", "~")):
+        metadata["base_model"] = stored.backbone.path
+        metadata["base_model_relation"] = "adapter"
+    return metadata
+
+
+def _row(expert: Mapping[str, Any]) -> str:
+    source = expert.get("source") or {}
+    place = _plain(source.get("name", "")) if source.get("kind") != "folder" else "a local folder"
+    if source.get("revision"):
+        place += f" @ {_plain(source['revision'])[:12]}"
+    cells = (
+        expert.get("id", ""),
+        expert.get("task") or "",
+        expert.get("licence") or "not stated",
+        place,
+        _gain(expert),
+    )
+    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+
+
+def _gain(expert: Mapping[str, Any]) -> str:
+    gain = (expert.get("quality") or {}).get("gain") or {}
+    if "value" not in gain:
+        return "not measured"
+    interval = f" ({gain['low']:.3f} to {gain['high']:.3f})" if {"low", "high"} <= set(gain) else ""
+    return f"{gain['value']:.3f} nats per token{interval}"
+
+
+def _plain(text: Any) -> str:
+    """One line of text that is no markup: it comes from third parties."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:200]
+    return line.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,0 +1,182 @@
+"""A composition on disk: four files in a folder that appears whole or not at all. The backbone is named, not copied.
+
+`composition.yaml` says what it is, `added.safetensors` holds every tensor that is not the backbone's,
+`experts.lock.json` says where each expert came from and what its bytes were, and `README.md` is the card for people
+and for the hub.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mixwright.catalog.document import render
+from mixwright.composition.card import card_text
+from mixwright.config import encode
+from mixwright.errors import CatalogError
+from mixwright.files import publish_folder, replace_folder, sha256_file, write_new
+from mixwright.yaml12 import write_yaml
+
+if TYPE_CHECKING:
+    from mixwright.composition.model import ComposedModel
+
+FORMAT = 1
+COMPOSITION = "composition.yaml"
+ADDED = "added.safetensors"
+LOCK = "experts.lock.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBackbone:
+    """The backbone of a saved composition: where to get it, and how to know it again."""
+
+    path: str
+    """Folder or hub id; empty for a model that was built in memory, which the loader must be given."""
+    fingerprint: str
+    """See `ops.digest.fingerprint`."""
+    revision: str | None = None
+    """Commit on the hub."""
+    kind: str = "auto"
+    """causal, seq2seq, speech, encoder or auto."""
+    architecture: str = ""
+    """Class of the model."""
+    dtype: str | None = None
+    """Of its parameters when the composition was saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredComposition:
+    """The content of `composition.yaml`."""
+
+    format: int
+    """Version of this layout."""
+    mixwright: str
+    """Version of the package that wrote it."""
+    method: str
+    """Name of the method that composed it."""
+    backbone: StoredBackbone
+    """What it stands on."""
+    pool: tuple[str, ...]
+    """Expert ids in the order of the routers' outputs."""
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The method's configuration."""
+    active: tuple[str, ...] | None = None
+    """Experts that the routers may choose; null: all."""
+
+
+def save(model: "ComposedModel", folder: Path) -> None:
+    """Write `model` as a folder. An earlier composition there is replaced at one instant; anything else is refused.
+
+    Raises CatalogError (`PATH`) for a folder that holds other things, (`DISK_FULL`) where there is no room.
+    """
+    folder = folder.absolute()
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / COMPOSITION).is_file():
+        raise CatalogError("PATH", str(folder), "this is in use and holds no composition; give a new or empty folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        staging.chmod(0o755)
+        write_files(model, staging)
+        (replace_folder if taken else publish_folder)(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_files(model: "ComposedModel", folder: Path) -> None:
+    """The four files, into an empty folder."""
+    from safetensors.torch import save_file
+
+    save_file(_separate(model.added_state()), folder / ADDED, metadata={"format": "pt"})
+    stored = stored_composition(model)
+    write_new(folder / COMPOSITION, write_yaml(encode(stored)).encode())
+    write_new(folder / LOCK, render(_lock(model, folder)))
+    write_new(folder / CARD, card_text(stored, model.composition).encode())
+
+
+def stored_composition(model: "ComposedModel") -> StoredComposition:
+    """What `composition.yaml` says of a model."""
+    known = model.composition.backbone
+    dtype = next((p.dtype for p in model.backbone.parameters() if p.is_floating_point()), None)
+    return StoredComposition(
+        format=FORMAT,
+        mixwright=_version(),
+        method=model.composition.method,
+        backbone=StoredBackbone(
+            path=str(known.get("path") or ""),
+            fingerprint=model.fingerprint,
+            revision=known.get("revision"),
+            kind=str(known.get("kind") or "auto"),
+            architecture=str(known.get("architecture") or type(model.backbone).__name__),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        ),
+        pool=model.experts,
+        config=dict(model.composition.config),
+        active=None if model.active == model.experts else model.active,
+    )
+
+
+def push(
+    model: "ComposedModel",
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a composition",
+    token: str | None = None,
+    client: Any = None,
+) -> str:
+    """Save `model` and upload the folder to the hub as one commit; returns its address. `client`: an `HfApi`."""
+    if client is None:
+        from huggingface_hub import HfApi
+
+        client = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="mixwright-") as place:
+        folder = Path(place) / "composition"
+        save(model, folder)
+        client.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+        return str(
+            client.upload_folder(
+                repo_id=repo_id, folder_path=str(folder), revision=revision, commit_message=commit_message
+            )
+        )
+
+
+def _lock(model: "ComposedModel", folder: Path) -> dict[str, Any]:
+    """Each expert's source, licence and files with their SHA-256, and the digest of the added tensors."""
+    kept = ("id", "licence", "task", "source", "backbone", "base_model", "files")
+    added = folder / ADDED
+    return {
+        "format": FORMAT,
+        "added": {ADDED: {"sha256": sha256_file(added), "bytes": added.stat().st_size}},
+        "experts": [{key: expert[key] for key in kept if key in expert} for expert in model.composition.experts],
+    }
+
+
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors wants them, on the CPU."""
+    owned: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in owned or storage.nbytes() != plain.numel() * plain.element_size():
+            plain = plain.clone()
+        owned.add(plain.untyped_storage().data_ptr())
+        separate[name] = plain
+    return separate
+
+
+def _version() -> str:
+    try:
+        return version("mixwright")
+    except PackageNotFoundError:
+        import mixwright
+
+        return mixwright.__version__

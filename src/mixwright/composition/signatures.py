@@ -1,0 +1,163 @@
+"""Signatures of a text: statistics of the activations that it causes at every site, streamed over batches.
+
+What a signature is for, and what leaves its owner, is said in `mixwright.routers.signature`. The means alone are the
+prototypes of average-activation routing, when they are collected with the expert at work.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.composition.channel import Channel
+from mixwright.composition.model import ComposedModel
+from mixwright.composition.passes import begin_pass, named_arguments
+from mixwright.composition.probe import Probe, probe
+from mixwright.errors import IncompatibleExpert
+from mixwright.routing import Condition
+from mixwright.sites import linear_sites
+
+RANK = 16
+_SPARE = 4
+
+
+class Moments:
+    """Mean, variance and the strongest directions of the covariance of rows that come bit by bit, in float64.
+
+    Mean and variance by Chan, Golub and LeVeque 1983, exact up to rounding; the directions by the incremental SVD of
+    Ross et al. 2008 with four times `rank` rows kept, exact for data of that rank. `rank` 0 keeps no directions.
+    """
+
+    def __init__(self, d_in: int, rank: int, device: torch.device) -> None:
+        place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.rank = min(rank, d_in)
+        self.count = 0
+        self.mean = torch.zeros(d_in, dtype=torch.float64, device=place)
+        self.squares = torch.zeros(d_in, dtype=torch.float64, device=place)
+        self.sketch = torch.zeros((0, d_in), dtype=torch.float64, device=place)
+
+    def add(self, rows: Float[Tensor, "tokens d_in"]) -> None:
+        """Count these rows in."""
+        for block in rows.to(self.mean.device, torch.float64).split(max(64, _SPARE * _SPARE * self.rank)):
+            self._add(block)
+
+    def _add(self, block: Tensor) -> None:
+        new = len(block)
+        mean = block.mean(0)
+        centred, shift = block - mean, mean - self.mean
+        lever = self.count * new / (self.count + new)
+        if self.rank:
+            stacked = torch.cat([self.sketch, centred, lever**0.5 * shift[None]])
+            self.sketch = _strongest(stacked, _SPARE * self.rank)
+        self.squares += (centred**2).sum(0) + lever * shift**2
+        self.mean += shift * (new / (self.count + new))
+        self.count += new
+
+    def signature(self) -> dict[str, Tensor]:
+        """`mean`, `variance`, `count`, and `factor` (rank, d_in) where directions were kept; float32, on the CPU."""
+        found = {"mean": self.mean, "variance": self.squares / max(1, self.count)}
+        if self.rank:
+            factor = _strongest(self.sketch, self.rank) / max(1, self.count) ** 0.5
+            found["factor"] = nn.functional.pad(factor, (0, 0, 0, self.rank - len(factor)))
+        found["count"] = torch.tensor(float(self.count))
+        return {name: value.float().cpu() for name, value in found.items()}
+
+
+def _strongest(rows: Float[Tensor, "rows d_in"], keep: int) -> Float[Tensor, "kept d_in"]:
+    """The `keep` strongest rows of S V^T of `rows`: what stays of rows^T rows when the weakest directions go."""
+    if len(rows) <= keep:
+        return rows
+    if len(rows) <= rows.shape[1]:
+        values, left = torch.linalg.eigh(rows @ rows.T)
+        return (left.T @ rows).flip(0)[:keep]
+    values, right = torch.linalg.eigh(rows.T @ rows)
+    return (values.clamp_min(0.0).sqrt()[:, None] * right.T).flip(0)[:keep]
+
+
+def collect_signatures(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    sites: Sequence[str] | None = None,
+    *,
+    rank: int = RANK,
+) -> dict[str, dict[str, Tensor]]:
+    """Site -> signature of the text in `batches`, each the keyword arguments of a forward pass.
+
+    Counted are the real tokens: those of the attention masks, and, for an encoder-decoder that is given `labels` but
+    no mask for them, the ones that are not -100. `model` is a backbone, or a composed model in whatever state the
+    caller put it: `with model.disabled()` gives the backbone's activations (a signature), `with model.only(expert)` the ones that
+    average-activation routing asks for. For a decoder's own answers, generate them first and pass them here in full.
+    `sites` default to a composed model's, or to every linear layer that runs. `rank` directions of the covariance are
+    kept, 0 for none; sites that read the same tensor share one computation. Raises ValueError where nothing was counted.
+    """
+    composed = isinstance(model, ComposedModel)
+    backbone = model.backbone if composed else model
+    seen = model.probe if composed else _look(backbone, sites)
+    paths = list(seen.sites if sites is None else sites)
+    channel = model.channel if composed else Channel()
+    two_streams = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
+    moments: dict[int, Moments] = {}
+
+    def open_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = named_arguments(module.forward, args, kwargs)
+        begin_pass(channel, Condition(), arguments, two_streams=two_streams)
+
+    was_training = backbone.training
+    with ExitStack() as hooks, torch.no_grad():
+        if not composed:
+            hooks.callback(backbone.register_forward_pre_hook(open_pass, with_kwargs=True).remove)
+        for path in _one_of_each_group(paths, seen):
+            listener = _listener(channel, seen.sites[path].stream, seen.sites[path].group, moments, rank)
+            hooks.callback(backbone.get_submodule(path).register_forward_pre_hook(listener).remove)
+        backbone.eval()
+        hooks.callback(lambda: backbone.train(was_training))
+        for batch in batches:
+            model(**(_with_target_mask(batch) if two_streams else batch))
+    missing = [path for path in paths if seen.sites[path].group not in moments]
+    if missing:
+        raise ValueError(f"no real token reached {missing[0]}: the batches are empty, or their masks are all zero.")
+    return {path: moments[seen.sites[path].group].signature() for path in paths}
+
+
+def _look(backbone: nn.Module, sites: Sequence[str] | None) -> Probe:
+    if sites is not None:
+        return probe(backbone, sites)
+    paths = list(linear_sites(backbone))
+    while True:
+        try:
+            return probe(backbone, paths)
+        except IncompatibleExpert as error:  # a layer that no pass reaches, or a tied head
+            paths.remove(error.where)
+
+
+def _one_of_each_group(paths: Sequence[str], seen: Probe) -> list[str]:
+    first: dict[int, str] = {}
+    for path in paths:
+        first.setdefault(seen.sites[path].group, path)
+    return list(first.values())
+
+
+def _listener(
+    channel: Channel, stream: str, group: int, moments: dict[int, Moments], rank: int
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def listen(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        x: Tensor = args[0]
+        real = channel.condition.token_mask if stream == "decoder" else channel.condition.encoder_mask
+        rows = x.reshape(-1, x.shape[-1])
+        if real is not None and real.numel() == len(rows):
+            rows = rows[real.reshape(-1).to(rows.device)]
+        if len(rows):
+            moments.setdefault(group, Moments(x.shape[-1], rank, x.device)).add(rows)
+
+    return listen
+
+
+def _with_target_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(batch)
+    if isinstance(given.get("labels"), Tensor) and given.get("decoder_attention_mask") is None:
+        given["decoder_attention_mask"] = (given["labels"] != -100).long()
+    return given

@@ -1,0 +1,59 @@
+"""What training will need, before it is begun."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixwright.data.batches import Batches
+from mixwright.training.stage import Stage, select_parameters
+
+
+def trainable_count(model: nn.Module, stage: Stage) -> int:
+    """Numbers that a stage trains."""
+    return sum(p.numel() for group in select_parameters(model, stage.groups) for p in group.values())
+
+
+def estimate_bytes(model: nn.Module, stage: Stage, data: Batches) -> dict[str, int]:
+    """Bytes of `weights`, `gradients and optimiser` and `activations`, for one process.
+
+    The first two are counted. Activations are what one forward pass over one example keeps for its backward pass, times
+    the batch size: measured, but on one example, and without the temporaries of a layer.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return {
+        "weights": weights,
+        "gradients and optimiser": 3 * 4 * trainable_count(model, stage),
+        "activations": _kept(model, stage, data) * data.batch_size,
+    }
+
+
+def _kept(model: nn.Module, stage: Stage, data: Batches) -> int:
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def same(tensor: Any) -> Any:
+        return tensor
+
+    device = next(model.parameters()).device
+    batch = data.collate(data.examples[:1]).to(device)
+    wanted: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
+    trained = {p for group in select_parameters(model, stage.groups) for p in group.values()}
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(parameter in trained)
+        with torch.autograd.graph.saved_tensors_hooks(note, same):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                stage.objective(model, batch)
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+    return sum(seen.values())
