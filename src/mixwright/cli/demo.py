@@ -13,7 +13,9 @@ def register(app: typer.Typer) -> None:
     app.command(
         "demo",
         rich_help_panel="Look around",
-        epilog=example("mixwright demo", "mixwright demo --folder /tmp/demo --fresh", "mixwright demo --json > demo.json"),
+        epilog=example(
+            "mixwright demo", "mixwright demo --folder /tmp/demo --fresh", "mixwright demo --json > demo.json"
+        ),
     )(demo)
 
 

@@ -62,7 +62,9 @@ def demonstrate(
     model, tokenizer = load_backbone(folders.backbone), load_tokenizer(folders.backbone)
     catalog = Catalog(folders.catalog)
     composed = compose("phatgoose", backbone=model, catalog=catalog)
-    console.print(f"\n[bold]3. Compose[/bold]: {len(composed.experts)} experts at {len(composed.mixtures)} layers, checked")
+    console.print(
+        f"\n[bold]3. Compose[/bold]: {len(composed.experts)} experts at {len(composed.mixtures)} layers, checked"
+    )
     ordered = [next(domain for domain in domains if domain.name == expert) for expert in composed.experts]
     gains = compare.gains(composed, ordered, tokenizer)
     documents = mix(ordered, tokenizer, DOCUMENTS)

@@ -9,7 +9,7 @@ At a site with input u_t and experts z that adapt it:
 5. y_t = W u_t + sum_z w_z s_z B_z A_z u_t.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,7 @@ from mixwright.backbones.hf import provenance
 from mixwright.catalog.fit import fit
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
-from mixwright.composition.probe import Probe, Seen, probe
-from mixwright.composition.restoring import by_site, lora_experts
+from mixwright.composition.probe import Seen, probe
 from mixwright.composition.selfcheck import self_check
 from mixwright.experts.lora import LoraExperts
 from mixwright.methods.phatgoose.config import METHOD, PhatgooseConfig
@@ -29,7 +28,6 @@ from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
-from mixwright.routers.shared import share
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 
 BACKBONE = "backbone"
 """Pool id of the null expert."""
-
-_SCORES = {"gates": PrototypeScores, "signatures": SignatureScores, "arrow": ArrowScores}
 
 
 def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None") -> ComposedModel:
@@ -59,34 +55,18 @@ def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "C
     if not experts:
         raise ValueError(f"the catalogue {catalog.folder} has no active expert; add one with `mixwright experts add`.")
     if config.top_k > len(pool):
-        raise ValueError(f"top_k={config.top_k} is larger than the pool of {len(pool)} experts; choose a smaller top_k.")
+        raise ValueError(
+            f"top_k={config.top_k} is larger than the pool of {len(pool)} experts; choose a smaller top_k."
+        )
     sites = linear_sites(backbone)
     for expert in experts:
         fit(expert, sites)
     settled = replace(config, router=scored_by(experts, config.router))
     seen = probe(backbone, [path for path in sites if any(path in expert.factors for expert in experts)])
     mixtures = {path: _mixture(path, experts, pool, backbone, settled, seen.sites[path]) for path in seen.sites}
-    _share_inputs(mixtures, seen)
     model = ComposedModel(backbone, mixtures, pool, _description(settled, backbone, experts), seen)
     self_check(model, {expert.id: expert.factors for expert in experts})
     return model
-
-
-def restore(
-    config: PhatgooseConfig, backbone: nn.Module, state: Mapping[str, Tensor], pool: Sequence[str]
-) -> ComposedModel:
-    """The model whose `added_state()` was `state`. Raises CatalogError for tensors that do not fit together."""
-    stored = by_site(state, backbone)
-    seen = probe(backbone, list(stored))
-    mixtures: dict[str, Mixture] = {}
-    for path, site in stored.items():
-        base = backbone.get_submodule(path)
-        scores = _SCORES[config.router](**site.of_router("scores"))
-        router = _token_router(scores, config, seen.sites[path], site.router["allowed"], site.router.get("offset"))
-        place = base.get_parameter("weight").device
-        mixtures[path] = Mixture(base, router.to(place), lora_experts(site, path, base).to(place))
-    _share_inputs(mixtures, seen)
-    return ComposedModel(backbone, mixtures, pool, probe=seen)
 
 
 def _mixture(
@@ -99,7 +79,7 @@ def _mixture(
 ) -> Mixture:
     base = backbone.get_submodule(path)
     allowed = torch.tensor([path in expert.factors for expert in experts])
-    router = _token_router(_scores(path, experts, config.router), config, seen, allowed, _offset(experts, config))
+    router = token_router(_scores(path, experts, config.router), config, seen, allowed, _offset(experts, config))
     return Mixture(base, router.to(base.get_parameter("weight").device), _members(path, experts, pool, base))
 
 
@@ -112,8 +92,8 @@ def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], base: 
     )
 
 
-def _token_router(
-    scores: AbstractScores, config: PhatgooseConfig, seen: Seen, allowed: Tensor, offset: Tensor | None
+def token_router(
+    scores: AbstractScores, config: PhatgooseConfig, seen: Seen, allowed: Tensor | None, offset: Tensor | None
 ) -> TokenRouter:
     """Steps 1 to 4, among the experts that adapt this site."""
     return TokenRouter(
@@ -141,12 +121,6 @@ def _offset(experts: Sequence["Expert"], config: PhatgooseConfig) -> Tensor | No
             "Measure it with `mixwright experts measure`, or set quality=0."
         )
     return config.quality * torch.tensor([float(expert.card.quality["gain"]["value"]) for expert in experts])
-
-
-def _share_inputs(mixtures: Mapping[str, Mixture], seen: Probe) -> None:
-    """Sites that read one tensor (query, key and value; gate and up) standardise it once, in one product of scores."""
-    for paths in seen.groups():
-        share([router.scores for path in paths if isinstance(router := mixtures[path].router, TokenRouter)])
 
 
 def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence["Expert"]) -> Composition:
