@@ -1,19 +1,33 @@
-"""An expert's signature, taken in passing from the text that it was trained on: no gradient, and no text is kept."""
+"""An expert's signature, taken from text such as it was trained on: no gradient, and no text is kept."""
+
+from collections.abc import Sequence
 
 from accelerate import PartialState
+from torch import Tensor, nn
 
 from mixwright.composition.signatures import collect_signatures
+from mixwright.data.batches import Batches
 from mixwright.training.job import Job
 
 
-def sign(job: Job) -> None:
+def sign_job(job: Job) -> None:
     """Attach to the job's expert the backbone's activation statistics on `train.signature_batches` of its batches."""
     count = job.recipe.train.signature_batches
-    if count == 0 or not PartialState().is_main_process:
-        return
-    card = job.catalog.card(job.expert.id)
-    device = next(job.backbone.parameters()).device
-    batches = (job.data.batch(index).to(device) for index in range(count))
-    labelled = job.kind == "seq2seq"
-    inputs = ({**batch.inputs, "labels": batch.targets} if labelled else dict(batch.inputs) for batch in batches)
-    job.catalog.attach(job.expert.id, signatures=collect_signatures(job.backbone, inputs, list(card.sites)))
+    if count and PartialState().is_main_process:
+        sites = list(job.catalog.card(job.expert.id).sites)
+        signatures = signature_of(job.backbone, job.data, sites, most=count)
+        job.catalog.attach(job.expert.id, signatures=signatures)
+
+
+def signature_of(
+    backbone: nn.Module, data: Batches, sites: Sequence[str], *, most: int | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Site -> signature of the backbone on one pass over `data`, or on its first `most` batches."""
+    device = next(backbone.parameters()).device
+    count = len(data.in_order())
+    batches = (data.batch(index).to(device) for index in range(count if most is None else min(most, count)))
+    inputs = (
+        {**batch.inputs, "labels": batch.targets} if batch.kind == "seq2seq" else dict(batch.inputs)
+        for batch in batches
+    )
+    return collect_signatures(backbone, inputs, sites)
