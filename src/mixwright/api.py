@@ -8,7 +8,7 @@ from torch import nn
 
 from mixwright import artifact
 from mixwright import config as configuration
-from mixwright.backbones.hf import load_backbone, load_tokenizer
+from mixwright.backbones.hf import load_backbone, load_tokenizer, provenance
 from mixwright.catalog.store import Catalog
 from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import make_batches
@@ -17,7 +17,7 @@ from mixwright.evaluation.evaluate import evaluate as score
 from mixwright.evaluation.quality import measure_quality
 from mixwright.evaluation.systems import members
 from mixwright.evaluation.table import Table
-from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks, kind_of
+from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.job import open_job
@@ -167,7 +167,7 @@ def sign(
     base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
     reader = tokenizer or load_tokenizer(str(backbone))
     task = read_task(text, limit=limit)
-    data = make_batches(task, reader, kind_of(base), batch_size=8, seed=0, max_length=max_length)
+    data = make_batches(task, reader, provenance(base)["kind"], batch_size=8, seed=0, max_length=max_length)
     shelf.bind(base)
     shelf.attach(expert, signatures=signature_of(base, data, list(shelf.card(expert).sites)))
 

@@ -28,7 +28,7 @@ def demo(
     experts: Annotated[int, typer.Option("--experts", min=2, max=8, help="Experts at most.")] = 6,
     as_json: Json = False,
 ) -> None:
-    """Train a small backbone and experts on text that lies on this machine, compose them, and show what routing is worth.
+    """Train a small backbone and experts on text that lies on this machine, compose them, show what routing is worth.
 
     Offline. A second run uses the parts of the first.
     """

@@ -96,7 +96,7 @@ def _find(console: "Console", experts: int) -> tuple[Domain, Sequence[Domain]]:
     if len(domains) < 2 or not prose.train:
         raise ValueError(
             "the demo needs the standard library's sources and two kinds of text with 150 kB each beside the installed "
-            f"packages; here are {', '.join(d.name for d in domains) or 'none'}. Use a full Python and pip-installed torch."
+            f"packages; found: {', '.join(d.name for d in domains) or 'none'}. Use a full Python and torch from pip."
         )
     return prose, domains
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mixwright.composition.signatures import collect_signatures
 from mixwright.data.batches import Batches
+from mixwright.data.collate import Batch
 from mixwright.training.job import Job
 
 
@@ -26,8 +27,8 @@ def signature_of(
     device = next(backbone.parameters()).device
     count = len(data.in_order())
     batches = (data.batch(index).to(device) for index in range(count if most is None else min(most, count)))
-    inputs = (
-        {**batch.inputs, "labels": batch.targets} if batch.kind == "seq2seq" else dict(batch.inputs)
-        for batch in batches
-    )
-    return collect_signatures(backbone, inputs, sites)
+    return collect_signatures(backbone, map(_inputs, batches), sites)
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {**batch.inputs, "labels": batch.targets} if batch.kind == "seq2seq" else dict(batch.inputs)

@@ -111,7 +111,7 @@ def token_router(
 
 
 def _offset(experts: Sequence["Expert"], config: PhatgooseConfig) -> Tensor | None:
-    """Each expert's measured gain over the backbone, as an addition to its scores; None where quality does not count."""
+    """Each expert's measured gain over the backbone, added to its scores; None where quality does not count."""
     if not config.quality:
         return None
     lacking = [expert.id for expert in experts if "gain" not in expert.card.quality]
@@ -145,8 +145,8 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
         return next(kind for kind, without in lacking.items() if not without)
     if lacking[router]:
         raise ValueError(
-            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train them "
-            f"(`mixwright train RECIPE --stage gate`), collect signatures (`mixwright experts sign`), or set router=auto."
+            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train gates "
+            "(`mixwright train RECIPE --stage gate`), take signatures (`mixwright experts sign`), or set router=auto."
         )
     return router
 
