@@ -83,12 +83,15 @@ def add(
 
 
 def show_all(catalog: Folder, as_json: Json = False) -> None:
-    """List every expert with its state."""
+    """List every expert with its state, what it was measured to gain (nats per token), and a verdict from that."""
+    from mixwright.catalog.curate import judge
+
     shelf = _open(catalog)
     states, cards = shelf.states(), shelf.cards(active=False)
+    verdicts = {one.expert: one.verdict for one in judge(cards)}
     if as_json:
         bound = shelf.backbone
-        listed = [{"state": states[card.id], **asdict(card)} for card in cards]
+        listed = [{"state": states[card.id], "verdict": verdicts[card.id], **asdict(card)} for card in cards]
         return print_json({"backbone": bound and asdict(bound), "experts": listed})
     rows = [
         (
@@ -96,15 +99,15 @@ def show_all(catalog: Folder, as_json: Json = False) -> None:
             states[card.id],
             "/".join(str(rank) for rank in sorted({site.rank for site in card.sites.values()})),
             len(card.sites),
-            card.has_gates,
-            card.has_signatures,
+            _routed_by(card),
             _gain(card),
+            verdicts[card.id],
             card.licence,
             card.task,
         )
         for card in cards
     ]
-    columns = ("expert", "state", "rank", "sites", "gates", "signatures", "gain", "licence", "task")
+    columns = ("expert", "state", "rank", "sites", "routed by", "gain", "verdict", "licence", "task")
     print_table(columns, rows, title=_title(shelf, len(cards)))
     return None
 
@@ -256,9 +259,15 @@ def _print_card(card: "ExpertCard", state: str) -> None:
     print_table((card.id, ""), facts)
 
 
+def _routed_by(card: "ExpertCard") -> str | None:
+    return " ".join(["gates"] * card.has_gates + ["signature"] * card.has_signatures) or None
+
+
 def _gain(card: "ExpertCard") -> object:
-    gain = card.quality.get("gain")
-    return gain.get("value") if isinstance(gain, dict) else gain
+    from mixwright.catalog.curate import measured
+
+    gain = measured(card, "gain")
+    return None if gain is None else gain[0]
 
 
 def _brief(value: object) -> str:
