@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from mixwright.evaluation.table import Table, markdown
+
+REFERENCE = "PHATGOOSE"
+
 
 def surroundings(started: float) -> dict[str, Any]:
     """Machine, versions, threads, the command, and the CPU time since `started` (of `time.process_time`)."""
@@ -27,3 +31,19 @@ def _processor() -> str:
         return f"{names[0]} ({len(names)} cores)"
     except (OSError, IndexError):
         return platform.processor()
+
+
+def summary(table: Table, chosen: dict[int, Any], shown: str) -> dict[str, Any]:
+    """What is kept of a table: means with intervals, paired differences to plain PHATGOOSE, means of each seed."""
+    kept: dict[str, Any] = {"chosen_on_validation": chosen, "systems": {}}
+    for metric in table.metrics:
+        means, gaps = table.intervals(metric), table.differences(metric, REFERENCE)
+        for system, mean in means.items():
+            kept["systems"].setdefault(system, {})[metric] = {
+                "mean": mean.value, "low": mean.low, "high": mean.high, "stderr": mean.stderr, "n": mean.n,
+                "minus_phatgoose": [gaps[system].value, gaps[system].low, gaps[system].high],
+                "by_seed": [table.means(metric, seed=seed)[system] for seed in sorted({s.seed for s in table.scores})],
+                "by_task": {task: table.means(metric, [task])[system] for task in table.tasks},
+            }  # fmt: skip
+    kept["markdown"] = markdown(*table.rows(shown, REFERENCE))
+    return kept

@@ -8,16 +8,25 @@ Trained parts are kept under --cache, so that evaluation can be repeated alone. 
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.pool_systems import OwnText, all_systems, composed_pool
+from benchmarks.record import summary, surroundings
 from benchmarks.side_by_side import Parts, Stages, train_experts, train_gates
-from benchmarks.text_tasks import HELD_IN, HELD_OUT, MAX_TOKENS, LabelledTask, Tokenise, label_loss, read_task
+from benchmarks.text_tasks import HELD_IN, HELD_OUT, MAX_TOKENS, LabelledTask, TextRows, Tokenise, label_loss, read_task
 from benchmarks.trained_pool import TrainedPool, random_weights, stacked
+from mixwright.composition.model import ComposedModel
+from mixwright.data.collate import Batch
+from mixwright.evaluation.evaluate import evaluate
+from mixwright.evaluation.scores import LabelTask
+from mixwright.evaluation.table import Table
 from mixwright.sites import Site, linear_sites
 
 
@@ -33,7 +42,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gate-steps", type=int, default=50, help="the paper: 100")
     parser.add_argument("--multitask-steps", type=int, default=360)
     parser.add_argument("--rows", type=int, default=16, help="texts in a training batch; the paper: 1024")
+    parser.add_argument("--examples", type=int, default=200, help="first test rows of each held-out task; 0 is all")
+    parser.add_argument("--held-in-examples", type=int, default=40, help="the same of each held-in task")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--again", action="store_true", help="evaluate although the cache has scores")
     return parser.parse_args()
 
 
@@ -94,18 +106,93 @@ def _ends(history: list[float]) -> str:
     return f"{sum(history[:tenth]) / tenth:.3f} -> {sum(history[-tenth:]) / tenth:.3f}"
 
 
+def test_task(task: LabelledTask, rows: TextRows, tokenise: Tokenise, count: int, anchors: bool = True) -> LabelTask:
+    """The first `count` rows, sorted by length, 32 to a batch; labels embedded by the backbone, or by each system."""
+    chosen = sorted(range(len(rows.texts))[: count or None], key=lambda i: len(rows.texts[i]))
+    batches: list[Batch] = []
+    for start in range(0, len(chosen), 32):
+        part = chosen[start : start + 32]
+        inputs = tokenise([rows.texts[i] for i in part])
+        batches.append(Batch("encoder", inputs, rows.labels[part], len(part), tokenise(task.words)))
+    return LabelTask(task.name, batches, task.anchors if anchors else None)
+
+
+def own_text(tasks: list[LabelledTask], tokenise: Tokenise) -> OwnText:
+    """64 training texts of each expert for averages and signatures, 100 for retrieval (the paper: 1000)."""
+    return OwnText(
+        [test_task(task, task.train, tokenise, 64).batches for task in tasks],
+        [test_task(task, task.train, tokenise, 100).batches for task in tasks],
+    )
+
+
+def evaluate_seed(
+    model: ComposedModel,
+    pool: TrainedPool,
+    held_in: list[LabelledTask],
+    held_out: list[LabelledTask],
+    tokenise: Tokenise,
+    args: argparse.Namespace,
+    seed: int,
+) -> dict[str, Any]:
+    """Held-out and held-in scores of every system, and the held-out ones with labels embedded by the system itself."""
+    validation = [test_task(task, task.validation, tokenise, 12) for task in held_in]
+    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed)
+
+    def say(system: str, task: str) -> None:
+        print(f"seed {seed}: {system} on {task}", flush=True)
+
+    zero_shot = [test_task(task, task.test, tokenise, args.examples) for task in held_out]
+    own = [test_task(task, task.test, tokenise, args.held_in_examples) for task in held_in]
+    moved = [test_task(task, task.test, tokenise, args.examples, anchors=False) for task in held_out]
+    few = [s for s in found if s.name in {"backbone", "merged product", "PHATGOOSE", "multitask LoRA (sees all data)"}]
+    return {
+        "chosen": chosen,
+        "held-out": evaluate(model, zero_shot, found, seed=seed, progress=say).with_best_experts(pool.names).scores,
+        "held-in": evaluate(model, own, found, seed=seed).with_best_experts(pool.names).scores,
+        "held-out, labels embedded by the system": evaluate(model, moved, few, seed=seed).scores,
+    }
+
+
 def main() -> None:
-    """Train what the cache lacks, evaluate, write the JSON."""
-    args = arguments()
+    """Train what the cache lacks, evaluate, print tables, write JSON."""
+    args, started = arguments(), time.process_time()
     if not args.data.is_dir():
         sys.exit(f"skipped: no folder {args.data}; give --data FOLDER with the text suite.")
     torch.set_num_threads(1)
     backbone, tokenise = load_backbone(args.model)
     held_in = [read_task(args.data / name, backbone, tokenise) for name in HELD_IN]
+    held_out = [read_task(args.data / name, backbone, tokenise) for name in HELD_OUT]
+    runs: dict[int, dict[str, Any]] = {}
     for seed in args.seeds:
-        path = args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}.safetensors"
-        if not path.exists():
-            train(backbone, tokenise, held_in, args, seed).save(path)
+        name = f"seed{seed}-{args.expert_steps}-{args.gate_steps}"
+        trained, scored = args.cache / f"{name}.safetensors", args.cache / f"{name}-{args.examples}.scores"
+        if not trained.exists():
+            train(backbone, tokenise, held_in, args, seed).save(trained)
+        if args.train_only:
+            continue
+        if args.again or not scored.exists():
+            pool = TrainedPool.load(trained, HELD_IN)
+            model = composed_pool(backbone, pool)
+            torch.save(evaluate_seed(model, pool, held_in, held_out, tokenise, args, seed), scored)
+            model.remove()
+        runs[seed] = torch.load(scored, weights_only=False)
+    if runs:
+        report(args, runs, started)
+
+
+def report(args: argparse.Namespace, runs: dict[int, dict[str, Any]], started: float) -> None:
+    """Print the tables of all seeds together and write the JSON."""
+    result: dict[str, Any] = {"chosen_on_validation": {seed: run["chosen"] for seed, run in runs.items()}, "results": {}}
+    for exam in [name for name in runs[args.seeds[0]] if name != "chosen"]:
+        table = Table([score for run in runs.values() for score in run[exam]])
+        without = [task for task in table.tasks if task != "sst2"]
+        kept = result["results"][exam] = summary(table, {}, "accuracy")
+        if "sst2" in table.tasks:
+            kept["without_sst2"] = table.means("accuracy", without)
+        print(f"\n### {exam}\n\n{kept['markdown']}\n", flush=True)
+    result |= {"settings": {k: str(v) for k, v in vars(args).items()}, **surroundings(started)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. The one place that joins methods with the rest."""
+"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mixwright import artifact
 from mixwright import config as configuration
 from mixwright.backbones.hf import load_backbone, load_tokenizer
 from mixwright.catalog.store import Catalog
@@ -14,6 +15,7 @@ from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.job import open_job
 from mixwright.training.run import TrainingReport, run_stages
+from mixwright.training.sign import sign
 
 
 def compose(
@@ -47,8 +49,8 @@ def train(
     """Train an expert as a recipe (a value, a mapping, or a YAML file) says, and put it into the recipe's catalogue.
 
     `stage` runs one of the method's stages alone. `resume` goes on where the same run was cut off, to the same weights.
-    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and checks
-    everything, and says what training would need. Under torchrun every process calls this.
+    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and
+    checks everything, and says what training would need. Under torchrun every process calls this.
 
     Raises ValueError for a fault in the recipe or the data (key, or file and line), CatalogError for a refusal.
     """
@@ -61,13 +63,28 @@ def train(
     backbone = load_backbone(
         source.path,
         revision=source.revision,
-        dtype=None if source.dtype == "auto" else source.dtype,
+        dtype=source.dtype,
         kind=source.kind,
         device_map=source.device_map,
     )
     tokenizer = load_tokenizer(source.path, revision=source.revision)
     job = open_job(settings, backbone, tokenizer, Catalog(settings.catalog, backbone))
-    return run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    report = run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    if not dry_run and stage in (None, stages[-1].name):
+        sign(job)
+    return report
+
+
+def load(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    dtype: Any = None,
+) -> ComposedModel:
+    """The composed model that `save_pretrained` or `push_to_hub` wrote: see `mixwright.artifact.load`."""
+    return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -41,7 +41,8 @@ class Moments:
         wide = x.double()
         self.count += len(wide)
         self.total = self.total + wide.sum(0)
-        self.squares = self.squares + (wide.T @ wide if self.squares.dim() == 2 else wide.square().sum(0))
+        # products of pairs in float32, whose error is far below that of estimating a covariance from a sample
+        self.squares = self.squares + ((x.T @ x).double() if self.squares.dim() == 2 else wide.square().sum(0))
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
@@ -59,10 +60,20 @@ class Moments:
         variance = (square / count - mean.square()).clamp_min(0.0)
         found = {"mean": mean.float(), "variance": variance.float(), "count": torch.tensor(self.count)}
         if rank > 0:
-            size, axes = torch.linalg.eigh(self.squares / count - torch.outer(mean, mean))
-            strongest = (axes[:, -rank:] * size[-rank:].clamp_min(0.0).sqrt()).T.flip(0)
-            found["factor"] = strongest.float().contiguous()
+            found["factor"] = _strongest(self.squares / count - torch.outer(mean, mean), rank).float()
         return found
+
+
+def _strongest(covariance: Float[Tensor, "d_in d_in"], rank: int) -> Float[Tensor, "rank d_in"]:
+    """The strongest principal directions, each times its standard deviation: subspace iteration, always the same."""
+    width = min(rank + 8, covariance.shape[0])
+    start = torch.randn(covariance.shape[0], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(start.to(covariance.device)).Q
+    for _ in range(8):
+        basis = torch.linalg.qr(covariance @ basis).Q
+    size, axes = torch.linalg.eigh(basis.T @ covariance @ basis)
+    found = (basis @ axes * size.clamp_min(0.0).sqrt()).T.flip(0)
+    return found[:rank].contiguous()
 
 
 def moments(model: ComposedModel, batches: Sequence[Batch], *, paired: bool = False) -> dict[str, Moments]:

@@ -1,6 +1,6 @@
 """One table of systems against tasks: values with intervals, differences that are paired, JSON, markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,8 +158,3 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def merged_runs(tables: Mapping[int, Table]) -> Table:
-    """The tables of several seeds as one."""
-    return Table([Scores(s.system, s.task, s.metric, s.values, seed) for seed, t in tables.items() for s in t.scores])

@@ -70,6 +70,14 @@ class Phatgoose(Method):
 
         return restore(config, backbone, state, pool)
 
+    def restore(
+        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
+    ) -> "ComposedModel":
+        """See `mixwright.methods.phatgoose.model.restore`."""
+        from mixwright.methods.phatgoose.model import restore
+
+        return restore(config, backbone, state, pool)
+
     def stages(self, config: Any) -> "tuple[Stage, ...]":
         """See `mixwright.methods.phatgoose.recipe.stages`."""
         from mixwright.methods.phatgoose.recipe import stages

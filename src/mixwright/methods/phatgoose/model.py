@@ -9,25 +9,27 @@ At a site with input u_t and experts z that adapt it:
 5. y_t = W u_t + sum_z w_z s_z B_z A_z u_t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixwright.backbones.hf import provenance
 from mixwright.catalog.fit import fit
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
-from mixwright.composition.probe import Probe, probe
+from mixwright.composition.probe import Probe, Seen, probe
+from mixwright.composition.restoring import by_site, lora_experts
 from mixwright.composition.selfcheck import self_check
 from mixwright.experts.lora import LoraExperts
-from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.methods.phatgoose.config import METHOD, PhatgooseConfig
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
+from mixwright.routers.shared import share
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 BACKBONE = "backbone"
 """Pool id of the null expert."""
+
+_SCORES = {"gates": PrototypeScores, "signatures": SignatureScores, "arrow": ArrowScores}
 
 
 def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None") -> ComposedModel:
@@ -61,42 +65,88 @@ def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "C
         fit(expert, sites)
     settled = replace(config, router=scored_by(experts, config.router))
     seen = probe(backbone, [path for path in sites if any(path in expert.factors for expert in experts)])
-    mixtures = {
-        path: Mixture(backbone.get_submodule(path), _router(path, experts, settled, seen), _members(path, experts, pool, backbone))
-        for path in seen.sites
-    }
+    mixtures = {path: _mixture(path, experts, pool, backbone, settled, seen.sites[path]) for path in seen.sites}
+    _share_inputs(mixtures, seen)
     model = ComposedModel(backbone, mixtures, pool, _description(settled, backbone, experts), seen)
     self_check(model, {expert.id: expert.factors for expert in experts})
     return model
 
 
-def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], backbone: nn.Module) -> LoraExperts:
+def restore(
+    config: PhatgooseConfig, backbone: nn.Module, state: Mapping[str, Tensor], pool: Sequence[str]
+) -> ComposedModel:
+    """The model whose `added_state()` was `state`. Raises CatalogError for tensors that do not fit together."""
+    stored = by_site(state, backbone)
+    seen = probe(backbone, list(stored))
+    mixtures: dict[str, Mixture] = {}
+    for path, site in stored.items():
+        base = backbone.get_submodule(path)
+        scores = _SCORES[config.router](**site.of_router("scores"))
+        router = _token_router(scores, config, seen.sites[path], site.router["allowed"], site.router.get("offset"))
+        place = base.get_parameter("weight").device
+        mixtures[path] = Mixture(base, router.to(place), lora_experts(site, path, base).to(place))
+    _share_inputs(mixtures, seen)
+    return ComposedModel(backbone, mixtures, pool, probe=seen)
+
+
+def _mixture(
+    path: str,
+    experts: Sequence["Expert"],
+    pool: Sequence[str],
+    backbone: nn.Module,
+    config: PhatgooseConfig,
+    seen: Seen,
+) -> Mixture:
+    base = backbone.get_submodule(path)
+    allowed = torch.tensor([path in expert.factors for expert in experts])
+    router = _token_router(_scores(path, experts, config.router), config, seen, allowed, _offset(experts, config))
+    return Mixture(base, router.to(base.get_parameter("weight").device), _members(path, experts, pool, base))
+
+
+def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], base: nn.Module) -> LoraExperts:
     """The LoRAs that adapt this site, in the dtype of the layer they stand beside; the null expert has none."""
-    weight = backbone.get_submodule(path).get_parameter("weight")
+    weight = base.get_parameter("weight")
     factors = [expert.factors.get(path) for expert in experts] + [None] * (len(pool) - len(experts))
     return LoraExperts.stack(
         [f and (f.down.to(weight.dtype), f.up.to(weight.dtype), f.scale) for f in factors], weight.device
     )
 
 
-def _router(path: str, experts: Sequence["Expert"], config: PhatgooseConfig, seen: Probe) -> TokenRouter:
+def _token_router(
+    scores: AbstractScores, config: PhatgooseConfig, seen: Seen, allowed: Tensor, offset: Tensor | None
+) -> TokenRouter:
     """Steps 1 to 4, among the experts that adapt this site."""
-    offset = None
-    if config.quality:
-        gains = [float(expert.card.quality.get("gain", {}).get("value", 0.0)) for expert in experts]
-        offset = config.quality * torch.tensor(gains)
     return TokenRouter(
-        _scores(path, experts, config.router),
+        scores,
         config.top_k,
-        allowed=torch.tensor([path in expert.factors for expert in experts]),
+        allowed=allowed,
         offset=offset,
         null_expert=config.null_expert,
         pooling=config.pooling,
         consensus=config.consensus,
         prior=config.prior,
-        stream=seen.sites[path].stream,
-        order=seen.sites[path].order,
+        stream=seen.stream,
+        order=seen.order,
     )
+
+
+def _offset(experts: Sequence["Expert"], config: PhatgooseConfig) -> Tensor | None:
+    """Each expert's measured gain over the backbone, as an addition to its scores; None where quality does not count."""
+    if not config.quality:
+        return None
+    lacking = [expert.id for expert in experts if "gain" not in expert.card.quality]
+    if lacking:
+        raise ValueError(
+            f"quality={config.quality} needs a measured gain for every expert; {', '.join(lacking[:5])} has none. "
+            "Measure it with `mixwright experts measure`, or set quality=0."
+        )
+    return config.quality * torch.tensor([float(expert.card.quality["gain"]["value"]) for expert in experts])
+
+
+def _share_inputs(mixtures: Mapping[str, Mixture], seen: Probe) -> None:
+    """Sites that read one tensor (query, key and value; gate and up) standardise it once, in one product of scores."""
+    for paths in seen.groups():
+        share([router.scores for path in paths if isinstance(router := mixtures[path].router, TokenRouter)])
 
 
 def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence["Expert"]) -> Composition:
@@ -106,6 +156,7 @@ def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence
         config=asdict(config),
         backbone={**provenance(backbone), "fingerprint": fingerprint(backbone)},
         experts=cards,
+        citation=METHOD.paper.bibtex,
     )
 
 

@@ -24,7 +24,8 @@ def restore(
     stored = by_site(state, backbone)
     seen = probe(backbone, list(stored))
     mixtures: dict[str, Mixture] = {}
-    for path, tensors in stored.items():
+    for path in seen.sites:
+        tensors = stored[path]
         base = backbone.get_submodule(path)
         device = base.get_parameter("weight").device
         members = lora_experts(tensors, path, base)
