@@ -1,7 +1,7 @@
 """Which experts deserve their place: verdicts, ranking and redundancy, from what their cards say. Pure; needs no torch.
 
 A card's `quality` is what evaluation measured: `gain` and `harm` as {"value", "low", "high"} in nats per token (gain
-above 0 is good, harm above 0 is bad), and `redundancy` as {"experts": {other expert: {"update": cosine of the updates}}}.
+above 0 is good, harm above 0 is bad), and `redundancy` as {"experts": {other expert: {"update": cosine}}}.
 The verdicts here are on the pool as it is now, which changes with every expert that comes or goes.
 """
 

@@ -11,6 +11,7 @@ from mixwright.cli.output import DryRun, Json, example, print_json, print_table
 
 if TYPE_CHECKING:
     from mixwright.catalog.card import ExpertCard
+    from mixwright.catalog.check import Finding
     from mixwright.catalog.store import Catalog
 
 Folder = Annotated[Path, typer.Argument(metavar="CATALOG", help="Folder of the catalogue.")]
@@ -133,11 +134,16 @@ def check(
     backbone: BackboneOption = None,
     as_json: Json = False,
 ) -> None:
-    """Read every file again: hashes, contents, backbone, licence. Exit code 1 if an expert must not be used."""
+    """Read every file again: hashes, contents, backbone, licence. Exit code 1 if an expert must not be used.
+
+    With --backbone each expert is also run on it alone, and its output compared with what its factors say.
+    """
     shelf = _open(catalog)
     model = _backbone(backbone)
     findings = shelf.check(expert, backbone=model)
     checked = [expert] if expert else list(shelf.ids(active=False))
+    if model is not None:
+        findings += _tried_alone(shelf, checked, model, findings)
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
         print_json({"checked": checked, "findings": [asdict(finding) for finding in findings]})
@@ -234,6 +240,23 @@ def _backbone(name: str | None) -> Any:
     from mixwright.backbones.hf import load_backbone
 
     return load_backbone(name)
+
+
+def _tried_alone(shelf: "Catalog", experts: list[str], backbone: Any, known: "list[Finding]") -> "list[Finding]":
+    """What the self-check finds of the experts that have passed so far."""
+    from mixwright.catalog.check import Finding
+    from mixwright.composition.trial import try_alone
+    from mixwright.errors import CatalogError
+
+    found: list[Finding] = []
+    failed = {finding.expert for finding in known if finding.level == "error"}
+    for expert in experts:
+        try:
+            if expert not in failed:
+                try_alone(backbone, expert, shelf.expert(expert).factors)
+        except CatalogError as error:
+            found.append(Finding(expert=expert, level="error", code=error.code, message=error.message))
+    return found
 
 
 def _print_card(card: "ExpertCard", state: str) -> None:
