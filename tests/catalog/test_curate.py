@@ -19,7 +19,7 @@ def gain(value: float, width: float = 0.1) -> dict[str, float]:
 
 
 def test_ranking_is_by_gain_and_stable() -> None:
-    cards = [card("c"), card("b", gain=gain(0.2)), card("a", gain=gain(0.5)), card("d", gain=0.2)]
+    cards = [card("c"), card("b", gain=gain(0.2)), card("a", gain=gain(0.5)), card("d", gain={"value": 0.2})]
     assert rank(cards) == ("a", "b", "d", "c")
 
 
@@ -33,6 +33,7 @@ def test_ranking_is_by_gain_and_stable() -> None:
         ({"gain": gain(0.5), "harm": gain(0.1)}, "keep"),  # the interval allows harmless
         ({}, "unmeasured"),
         ({"gain": "much"}, "unmeasured"),
+        ({"gain": {"value": None}, "redundancy": 3}, "unmeasured"),
     ],
 )
 def test_verdicts(quality: dict[str, Any], verdict: str) -> None:
@@ -40,7 +41,11 @@ def test_verdicts(quality: dict[str, Any], verdict: str) -> None:
 
 
 def test_of_two_alike_the_better_stays() -> None:
-    cards = [card("a", gain=gain(0.1), redundancy={"b": 0.99, "c": 0.2}), card("b", gain=gain(0.3)), card("c")]
+    cards = [
+        card("a", gain=gain(0.1), redundancy={"experts": {"b": {"update": 0.99}, "c": {"update": 0.2}}}),
+        card("b", gain=gain(0.3)),
+        card("c"),
+    ]
     assert redundant(cards) == {"a": "b"}
     assert [one.verdict for one in judge(cards)] == ["redundant", "keep", "unmeasured"]
     assert measured(cards[0], "gain") == (0.1, 0.0, 0.2)

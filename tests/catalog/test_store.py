@@ -142,6 +142,7 @@ class Named(nn.Module):
         ("", True),
         ("/models/small/", True),
         ("./small", True),
+        ("small", True),
         ("other/small", False),
         ("/models/other", False),
         ("somebody/large", False),
@@ -216,10 +217,10 @@ def test_attach(tmp_path: Path, catalog: Catalog, specimen: Any) -> None:
     catalog.disable("x")
     gates = {path: torch.randn(site.d_in) for path, site in catalog.card("x").sites.items()}
     catalog.attach("x", gates=gates)
-    catalog.attach("x", quality={"gain": 1.0}, licence="mit")
+    catalog.attach("x", quality={"gain": 1.0}, licence="mit", recipe={"steps": 3})
     expert = catalog.expert("x")
     assert expert.gates is not None and all(torch.equal(expert.gates[path], gate) for path, gate in gates.items())
-    assert expert.card.quality == {"gain": 1.0} and expert.card.licence == "mit"
+    assert (expert.card.quality, expert.card.licence, expert.card.recipe) == ({"gain": 1.0}, "mit", {"steps": 3})
     assert catalog.states() == {"x": "disabled"}
     with refused("SHAPE"):
         catalog.attach("x", gates={path: torch.zeros(3) for path in gates})

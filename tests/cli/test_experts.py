@@ -60,7 +60,7 @@ def test_tables_show_third_party_text_as_text(adapter: Path, run: Any) -> None:
     for verb in (("list",), ("show", "law"), ("diff", "law", "law"), ("check",)):
         status, text = run(*verb)
         assert status == 0 and "law" in text
-    assert "[red]law" in run("list")[1]
+    assert "[red]law" in run("show", "law")[1]
 
 
 def test_check_fails_for_a_changed_file(adapter: Path, run: Any, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Which experts deserve their place: verdicts, ranking and redundancy, from what their cards say. Pure; needs no torch.
 
-A card's `quality` may hold `gain` and `harm` as {"value", "low", "high"} in nats per token (gain above 0 is good, harm
-above 0 is bad), and `redundancy` as {other expert: cosine of the two updates}.
+A card's `quality` is what evaluation measured: `gain` and `harm` as {"value", "low", "high"} in nats per token (gain
+above 0 is good, harm above 0 is bad), and `redundancy` as {"experts": {other expert: {"update": cosine}}}.
+The verdicts here are on the pool as it is now, which changes with every expert that comes or goes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from mixwright.catalog.card import ExpertCard
 
@@ -19,7 +20,7 @@ class Limits:
 
     harm: float = 0.05
     """Nats per token that an expert may cost on general text."""
-    cosine: float = 0.95
+    cosine: float = 0.9
     """Two updates above this cosine are one expert twice."""
 
 
@@ -34,15 +35,9 @@ class Judgement:
 
 def measured(card: ExpertCard, name: str) -> tuple[float, float, float] | None:
     """A measurement on a card as (value, low, high), or None where it was not made."""
-    found = card.quality.get(name)
-    if isinstance(found, (int, float)):
-        return float(found), float(found), float(found)
-    if isinstance(found, Mapping):
-        known = cast("Mapping[str, Any]", found)
-        if isinstance(known.get("value"), (int, float)):
-            value = float(known["value"])
-            return value, float(known.get("low", value)), float(known.get("high", value))
-    return None
+    found = [_at(card.quality.get(name), part) for part in ("value", "low", "high")]
+    value, low, high = (float(part) if isinstance(part, (int, float)) else None for part in found)
+    return None if value is None else (value, value if low is None else low, value if high is None else high)
 
 
 def rank(cards: Iterable[ExpertCard]) -> tuple[str, ...]:
@@ -94,8 +89,13 @@ def _judge(card: ExpertCard, repeated: str | None, limits: Limits) -> Judgement:
 
 
 def _cosine(one: ExpertCard, other: ExpertCard) -> float:
+    """The cosine of two updates as either card has it: the one that came later knows the other."""
     for card, name in ((one, other.id), (other, one.id)):
-        found = card.quality.get("redundancy")
-        if isinstance(found, Mapping) and isinstance(value := cast("Mapping[str, Any]", found).get(name), (int, float)):
-            return float(value)
+        found = _at(_at(_at(_at(card.quality, "redundancy"), "experts"), name), "update")
+        if isinstance(found, (int, float)):
+            return float(found)
     return 0.0
+
+
+def _at(value: object, key: str) -> object:
+    return cast("Mapping[str, object]", value).get(key) if isinstance(value, Mapping) else None
