@@ -37,7 +37,7 @@ def depth_section(
         tag("h2", "Experts by depth"),
         tag(
             "p",
-            "Left, how much say the router gave each expert. Right, how far each expert moved the layer: "
+            "First, how much say the router gave each expert; then, how far each expert moved the layer: "
             "an expert can have the say and do little with it.",
             class_="note",
         ),
