@@ -48,11 +48,10 @@ class OwnText:
 
 def composed_pool(backbone: nn.Module, pool: TrainedPool) -> ComposedModel:
     """PHATGOOSE: the pool's experts and gates, top 2."""
-    experts = lora_experts(pool.parts)
-    mixtures = {
-        site: Mixture(backbone.get_submodule(site), TokenRouter(PrototypeScores(pool.parts.gates[site]), TOP_K), members)
-        for site, members in experts.items()
-    }
+    mixtures: dict[str, Mixture] = {}
+    for site, experts in lora_experts(pool.parts).items():
+        router = TokenRouter(PrototypeScores(pool.parts.gates[site]), TOP_K)
+        mixtures[site] = Mixture(backbone.get_submodule(site), router, experts)
     return ComposedModel(backbone, mixtures, pool.names)
 
 

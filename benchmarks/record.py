@@ -15,8 +15,9 @@ REFERENCE = "PHATGOOSE"
 
 def surroundings(started: float) -> dict[str, Any]:
     """Machine, versions, threads, the command, and the CPU time since `started` (of `time.process_time`)."""
+    script = sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
     return {
-        "command": " ".join(["python", "-m", f"benchmarks.{sys.argv[0].rsplit('/', 1)[-1].removesuffix('.py')}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "system": platform.system(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},

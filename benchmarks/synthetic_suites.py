@@ -86,12 +86,16 @@ def train_backbone(kind: str, language: Language, steps: int, seed: int) -> nn.M
     model = build(kind, language, seed)
     within = [p for n, p in model.named_parameters() if p.dim() == 2 and not _embeds(n)]
     outside = [p for n, p in model.named_parameters() if p.dim() != 2 or _embeds(n)]
-    optimisers = [torch.optim.Muon(within, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outside, lr=5e-3, weight_decay=0.0)]
+    optimisers = [
+        torch.optim.Muon(within, lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW(outside, lr=5e-3, weight_decay=0.0),
+    ]
     for step in range(steps):
         rate = min(1.0, (step + 1) / 20) * max(0.02, 1 - step / steps)
         for optimiser, full in zip(optimisers, (0.02, 5e-3), strict=True):
             optimiser.param_groups[0]["lr"] = full * rate
-        loss = row_losses(model, as_batch(kind, copying(language).sample(language, 64, 10**6 * (seed + 1) + step))).mean()
+        examples = copying(language).sample(language, 64, 10**6 * (seed + 1) + step)
+        loss = row_losses(model, as_batch(kind, examples)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
@@ -144,7 +148,9 @@ def train_pool(
     return TrainedPool(tuple(task.name for task in suite.experts), parts, noise, multitask)
 
 
-def test_tasks(kind: str, language: Language, tasks: tuple[CipherTask, ...], count: int, first_seed: int) -> list[TokenTask]:
+def test_tasks(
+    kind: str, language: Language, tasks: tuple[CipherTask, ...], count: int, first_seed: int
+) -> list[TokenTask]:
     """Held-out examples of each task, in batches of 256."""
     found: list[TokenTask] = []
     for at, task in enumerate(tasks):

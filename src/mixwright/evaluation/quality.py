@@ -1,7 +1,7 @@
 """How good an expert is, measured when it is registered: the plain dict that stands on its card.
 
-Gates do not silence a bad expert: its gate is trained like any other, and standardising discards the one thing that could
-have told, the gate's size (sheet e.3). So quality is measured on text, and `gain` may be added to the routing scores.
+Gates do not silence a bad expert: its gate is trained like any other, and standardising discards the one thing that
+could have told, the gate's size. So quality is measured on text, and `gain` may be added to the routing scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from mixwright.evaluation.scores import AbstractTask
 from mixwright.evaluation.systems import System, backbone, factors
 
 DEAD_GATE = 0.02
-"""Below this standard deviation the router's eps shrinks a gate, and its expert loses to others unfairly (sheet d.2)."""
+"""Below this standard deviation the router's eps shrinks a gate, and its expert loses to others unfairly."""
 HARM = 0.05
 """Nats per token on general text above which an expert is called harmful."""
 TWIN = 0.9
@@ -60,7 +60,7 @@ def _loss_drop(model: ComposedModel, expert: str, task: AbstractTask) -> Interva
 
 
 def gate_diagnostics(gates: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`norm` and `std` (means over sites) of an expert's gates, and the `dead` sites, whose gate has hardly any spread."""
+    """`norm` and `std` (means over sites) of an expert's gates, and the `dead` sites, whose gate hardly varies."""
     norms = [float(gate.float().norm()) for gate in gates.values()]
     spreads = {site: float(gate.float().std(correction=0)) for site, gate in gates.items()}
     return {

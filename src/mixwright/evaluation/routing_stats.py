@@ -1,10 +1,11 @@
 """What a trace says: who carries the load, how sure the router is, and how much each expert really adds.
 
-The weights counted are those that were applied, after the choice of k; padding is left out where a mask is given. Weights
-alone mislead, since experts differ in size: `contributions` measures what is added against what the backbone gives.
+The weights counted are those that were applied, after the choice of k; padding is left out where a mask is given.
+Weights alone mislead, since experts differ in size: `contributions` measures what is added against what the backbone
+gives.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
+from mixwright.evaluation.eval_mode import eval_mode
 from mixwright.evaluation.evaluate import evaluate
 from mixwright.evaluation.scores import AbstractTask
-from mixwright.evaluation.systems import System, composed
+from mixwright.evaluation.systems import composed
 from mixwright.experts.lora import LoraExperts
 from mixwright.routing import Routing
 
@@ -39,7 +41,7 @@ class SiteStats:
 
 
 def site_stats(routings: Sequence[Routing], mask: Bool[Tensor, "batch seq"] | None = None) -> SiteStats:
-    """Statistics of the passes of one site; `mask` keeps the decisions of real tokens, where their shape is the mask's."""
+    """Statistics of the passes of one site; `mask` keeps the decisions of real tokens, where shapes agree."""
     rows = torch.cat([_decisions(routing, mask) for routing in routings])
     best = rows.topk(min(2, rows.shape[-1]), dim=-1).values
     margin = best[:, 0] - best[:, 1] if best.shape[1] > 1 else best[:, 0]
@@ -83,12 +85,12 @@ def agreement(trace: Trace) -> float:
 
 
 def contributions(model: ComposedModel, batch: Batch) -> dict[str, Float[Tensor, " experts"]]:
-    """Site -> mean over tokens of ||w_e s_e B_e A_e u|| / ||W u|| for each expert, in one pass of the model as it stands.
+    """Site -> mean over tokens of ||w_e s_e B_e A_e u|| / ||W u|| for each expert, in one pass of the model as it is.
 
     ||W u|| includes the bias of the base, where there is one. All tokens of the batch count.
     """
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), model.trace() as trace, _inputs_of(model) as inputs:
+    with eval_mode(model), model.trace() as trace, _inputs_of(model) as inputs:
         model(**_forward_inputs(model, batch))
         for site, mixture in model.mixtures.items():
             experts, base = mixture.experts, mixture.base
@@ -116,12 +118,12 @@ def leave_one_out(
     lost: dict[str, float] = {}
     for expert in experts if experts is not None else active:
         with _without(model, [name for name in active if name != expert]):
-            lost[expert] = evaluate(model, tasks, [System(expert, lambda m: m.replaced())]).means(metric)[expert] - whole
+            lost[expert] = evaluate(model, tasks, [composed(expert)]).means(metric)[expert] - whole
     return lost
 
 
 @contextmanager
-def _without(model: ComposedModel, others: Sequence[str]) -> Iterator[None]:
+def _without(model: ComposedModel, others: Sequence[str]) -> Generator[None]:
     before = model.active
     model.set_active(others)
     try:
@@ -131,7 +133,7 @@ def _without(model: ComposedModel, others: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _inputs_of(model: ComposedModel) -> Iterator[dict[str, Tensor]]:
+def _inputs_of(model: ComposedModel) -> Generator[dict[str, Tensor]]:
     inputs: dict[str, Tensor] = {}
 
     def recorder(site: str) -> Any:

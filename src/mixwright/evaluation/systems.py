@@ -112,7 +112,7 @@ def scored(
     offset: Float[Tensor, " experts"] | None = None,
     experts: Mapping[str, LoraExperts] | None = None,
 ) -> System:
-    """The best `top_k` by other scores, among the model's experts or others; who does not adapt a site is masked there."""
+    """The best `top_k` by other scores, of the model's experts or others; who does not adapt a site is masked there."""
     options = vars(sharing or Sharing())
     pool = dict(experts or lora(model))
     routers: dict[str, AbstractRouter] = {}
