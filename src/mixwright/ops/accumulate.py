@@ -1,13 +1,15 @@
 """LoRA experts added straight into an output, without gradients: what inference on a CPU runs.
 
 Each adds the same sum as `ops/dispatch.py` to `out` and returns it. `add_each` multiplies the factors of one assignment
-after another, where they lie; `add_grouped` multiplies each chosen expert once. `add_lora` picks by `ops/cost.py`.
+after another, where they lie; `add_grouped` multiplies each chosen expert once, and has a compiled twin in
+`ops/kernels.py`. `add_lora` takes the compiled one where there is one, and else picks by `ops/cost.py`.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixwright.ops import kernels
 from mixwright.ops.cost import cheaper_one_by_one
 
 
@@ -20,7 +22,10 @@ def add_lora(
     weights: Float[Tensor, "tokens k"],
     indices: Int[Tensor, "tokens k"],
 ) -> Float[Tensor, "tokens d_out"]:
-    """out_t += sum_k w_tk s_e B_e A_e x_t by the cheaper path."""
+    """out_t += sum_k w_tk s_e B_e A_e x_t by the cheapest path; the compiled one where it is loaded and fits."""
+    native = kernels.kernel() if kernels.fits(out, x, down, up, scale) else None
+    if native is not None:
+        return kernels.add_native(native, out, x, down, up, scale, weights.float().contiguous(), indices.contiguous())
     (tokens, k), (experts, rank, d_in) = indices.shape, down.shape
     one_by_one = cheaper_one_by_one(tokens, k, experts=experts, rank=rank, width=d_in + up.shape[1])
     return (add_each if one_by_one else add_grouped)(out, x, down, up, scale, weights, indices)

@@ -1,0 +1,166 @@
+"""The compiled twin of `add_grouped`: one C file, built on first use into the user's cache, never needed.
+
+MIXWRIGHT_KERNELS says what may happen: `auto` (the default) builds once where a C compiler is found and says so in the
+log, `built` uses what an earlier run built, `off` stays with torch. Whatever fails leaves torch's own path in use, and
+`status()` says why. The kernel takes threads from the OpenMP runtime that torch has loaded; it links none of its own.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SETTING = "MIXWRIGHT_KERNELS"
+SETTINGS = ("auto", "built", "off")
+SOURCE = Path(__file__).parent / "native" / "lora.c"
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+
+logger = logging.getLogger(__name__)
+
+
+class KernelUnavailable(Exception):
+    """Why the compiled path is not in use."""
+
+
+def kernel() -> Callable[..., int] | None:
+    """The C function, built if it may be; None where torch's own path has to do."""
+    found = _loaded(os.environ.get(SETTING, "auto"), os.environ.get("XDG_CACHE_HOME"))
+    return None if isinstance(found, str) else found
+
+
+def status() -> str:
+    """One line for `mixwright doctor`: whether the compiled path is in use, and why not. Builds nothing."""
+    setting = os.environ.get(SETTING, "auto")
+    if setting == "auto" and not library(cache_folder()).exists():
+        try:
+            return f"not built yet: the first inference on this CPU compiles it with {compiler()}, once"
+        except KernelUnavailable as reason:
+            return f"not in use: {reason}; torch's own path runs instead"
+    found = _loaded(setting, os.environ.get("XDG_CACHE_HOME"))
+    if not isinstance(found, str):
+        return f"in use: {library(cache_folder())}"
+    return f"not in use: {found}; torch's own path runs instead"
+
+
+@cache  # a library can be loaded into a process only once, so what is known of it belongs to the process
+def _loaded(setting: str, cache_home: str | None) -> Callable[..., int] | str:
+    del cache_home  # only tells one cache folder from another
+    try:
+        return load(setting, cache_folder())
+    except (KernelUnavailable, OSError, subprocess.SubprocessError) as reason:
+        if setting != "off":
+            logger.info("compiled dispatch is not in use: %s", reason)
+        return str(reason)
+
+
+def load(setting: str, folder: Path) -> Callable[..., int]:
+    """The C function from the library in `folder`, compiled first if `setting` is `auto` and it is not there.
+
+    Raises KernelUnavailable, OSError or SubprocessError.
+    """
+    if setting not in SETTINGS:
+        raise KernelUnavailable(f"{SETTING}={setting!r} is unknown; accepted are {', '.join(SETTINGS)}")
+    if setting == "off":
+        raise KernelUnavailable(f"{SETTING}=off")
+    path = library(folder)
+    if not path.exists():
+        if setting == "built":
+            raise KernelUnavailable(f"{SETTING}=built, and nothing is built in {folder}")
+        build(path)
+    _refuse_foreign(path)
+    function = ctypes.CDLL(str(path)).mixwright_add_lora
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 2
+    function.restype = ctypes.c_int
+    return function
+
+
+def build(path: Path) -> None:
+    """Compile to `path`, whole or not at all. Raises KernelUnavailable, OSError or SubprocessError."""
+    command = compiler()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logger.info("compiling the dispatch kernel with %s, once, into %s", command, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "lora.o", Path(folder) / "lora.so"
+        # Linking without -fopenmp leaves its symbols to torch's runtime: one pool of threads.
+        for step in (
+            [command, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
+            [command, "-shared", str(made), "-o", str(linked)],
+        ):
+            done = subprocess.run(step, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                raise KernelUnavailable(f"{command} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        linked.chmod(0o700)
+        linked.replace(path)
+
+
+def compiler() -> str:
+    """The C compiler: $CC, cc or gcc. Raises KernelUnavailable where there is none, or no Linux."""
+    if platform.system() != "Linux":
+        raise KernelUnavailable(f"compiled paths are made for Linux only, not {platform.system()}")
+    for name in (os.environ.get("CC"), "cc", "gcc"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise KernelUnavailable("no C compiler (cc or gcc) is on the PATH")
+
+
+def cache_folder() -> Path:
+    """Where the library is kept: $XDG_CACHE_HOME/mixwright/kernels, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixwright" / "kernels"
+
+
+def library(folder: Path) -> Path:
+    """The library's path, named for the source, the flags, torch and the processor: any change makes another file."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest.update(f"{FLAGS}{torch.__version__}{_processor()}".encode())
+    return folder / f"lora-{digest.hexdigest()[:16]}.so"
+
+
+@cache  # read from a file, and it cannot change
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+
+
+def _refuse_foreign(path: Path) -> None:
+    for place in (path, path.parent):
+        found = place.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise KernelUnavailable(f"{place} is another user's, or others may write to it; remove it")
+
+
+def add_native(
+    function: Callable[..., int],
+    out: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    """`add_grouped` by the C function; all tensors contiguous and float32, `indices` int64."""
+    (tokens, k), (experts, rank, d_in) = indices.shape, down.shape
+    places = indices.new_empty(2 * experts + 1 + tokens * k)
+    values = x.new_empty(tokens * k * (rank + 1))
+    pointers = (tensor.data_ptr() for tensor in (out, x, down, up, scale, weights, indices))
+    sizes = (tokens, k, experts, rank, d_in, up.shape[1])
+    if function(*pointers, *sizes, places.data_ptr(), values.data_ptr()):
+        raise IndexError(f"indices name an expert outside of the {experts} that this site has.")
+    return out
+
+
+def fits(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> bool:
+    """Whether the C function takes these tensors as they lie."""
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (out, x, down, up, scale))
