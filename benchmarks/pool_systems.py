@@ -1,6 +1,6 @@
 """Every system of the PHATGOOSE comparison over one trained pool, as one composed model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,9 +62,15 @@ def lora_experts(parts: Parts) -> dict[str, LoraExperts]:
 
 
 def all_systems(
-    model: ComposedModel, pool: TrainedPool, own: OwnText, validation: Sequence[AbstractTask], metric: str, seed: int
+    model: ComposedModel,
+    pool: TrainedPool,
+    own: OwnText,
+    validation: Sequence[AbstractTask],
+    metric: str,
+    seed: int,
+    known: Mapping[str, str] | None = None,
 ) -> tuple[list[System], dict[str, str]]:
-    """The systems, and which settings were chosen on held-in validation."""
+    """The systems, and which settings were chosen on held-in validation; `known` were chosen by another seed."""
     gates: dict[str, AbstractScores] = {site: PrototypeScores(rows) for site, rows in pool.parts.gates.items()}
     average = average_activations(model, own.averages)
     signs = _signatures(model, own.averages, (0, 16))
@@ -89,8 +95,10 @@ def all_systems(
     chosen: dict[str, str] = {}
 
     def keep_best(name: str, tried: dict[str, System]) -> None:
-        means = evaluate(model, validation, list(tried.values())).means(metric)
-        best = (min if metric in LOWER_IS_BETTER else max)(tried, key=means.__getitem__)
+        best = (known or {}).get(name)
+        if best is None:
+            means = evaluate(model, validation, list(tried.values())).means(metric)
+            best = (min if metric in LOWER_IS_BETTER else max)(tried, key=means.__getitem__)
         chosen[name] = best
         found.append(replace(tried[best], name=name))
 

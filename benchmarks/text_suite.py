@@ -46,9 +46,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=120, help="first test rows of each held-out task; 0 is all")
     parser.add_argument("--held-in-examples", type=int, default=20, help="the same of each held-in task")
     parser.add_argument("--backwards", action="store_true", help="train the last expert first, beside a second process")
+    parser.add_argument("--core", action="store_true", help="later seeds: the core systems, settings of the first seed")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--again", action="store_true", help="evaluate although the cache has scores")
     return parser.parse_args()
+
+
+CORE = (
+    "backbone",
+    "merged product",
+    "merged, weight chosen",
+    "multitask LoRA (sees all data)",
+    "retrieval",
+    "Arrow",
+    "average activation",
+    "PHATGOOSE",
+    "PHATGOOSE, k=1",
+    "PHATGOOSE, k=all",
+    "PHATGOOSE + pooling",
+    "PHATGOOSE + consensus",
+    "signature (rank 16)",
+    "signature + pooling",
+)
 
 
 def load_backbone(folder: Path | None) -> tuple[nn.Module, Tokenise]:
@@ -147,6 +166,18 @@ def own_text(tasks: list[LabelledTask], tokenise: Tokenise) -> OwnText:
     )
 
 
+def first_settings(args: argparse.Namespace, seed: int) -> dict[str, str] | None:
+    """What the first seed chose on held-in validation, for the later seeds of a run with --core."""
+    if not args.core or seed == 0:
+        return None
+    return torch.load(scores_file(args, 0), weights_only=False)["chosen"]
+
+
+def scores_file(args: argparse.Namespace, seed: int) -> Path:
+    """Where a seed's scores are kept."""
+    return args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}-{args.examples}.scores"
+
+
 def evaluate_seed(
     model: ComposedModel,
     pool: TrainedPool,
@@ -158,7 +189,10 @@ def evaluate_seed(
 ) -> dict[str, Any]:
     """Held-out and held-in scores of every system, and the held-out ones with labels embedded by the system itself."""
     validation = [test_task(task, task.validation, tokenise, 8) for task in held_in]
-    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed)
+    known = first_settings(args, seed)
+    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed, known)
+    if known:
+        found = [system for system in found if system.name in {*CORE, *pool.names}]
 
     def say(system: str, task: str) -> None:
         print(f"seed {seed}: {system} on {task}", flush=True)
@@ -186,8 +220,8 @@ def main() -> None:
     held_out = [read_task(args.data / name, backbone, tokenise) for name in HELD_OUT]
     runs: dict[int, dict[str, Any]] = {}
     for seed in args.seeds:
-        name = f"seed{seed}-{args.expert_steps}-{args.gate_steps}"
-        trained, scored = args.cache / f"{name}.safetensors", args.cache / f"{name}-{args.examples}.scores"
+        trained = args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}.safetensors"
+        scored = scores_file(args, seed)
         if not trained.exists():
             train(backbone, tokenise, held_in, args, seed).save(trained)
         if args.train_only:
@@ -206,8 +240,11 @@ def report(args: argparse.Namespace, runs: dict[int, dict[str, Any]], started: f
     """Print the tables of all seeds together and write the JSON."""
     chosen = {seed: run["chosen"] for seed, run in runs.items()}
     result: dict[str, Any] = {"chosen_on_validation": chosen, "results": {}}
-    for exam in [name for name in runs[args.seeds[0]] if name != "chosen"]:
-        table = Table([score for run in runs.values() for score in run[exam]])
+    first = args.seeds[0]
+    tables = {exam: Table([s for run in runs.values() for s in run[exam]]) for exam in runs[first] if exam != "chosen"}
+    if args.core:  # later seeds have the core systems only
+        tables |= {f"{exam}, every system, seed {first}": Table(runs[first][exam]) for exam in ("held-out", "held-in")}
+    for exam, table in tables.items():
         without = [task for task in table.tasks if task != "sst2"]
         kept = result["results"][exam] = summary(table, {}, "accuracy")
         if "sst2" in table.tasks:
