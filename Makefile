@@ -41,7 +41,8 @@ format: .venv/dev
 	@$(BIN)/ruff format .
 
 bench: .venv/bench
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in $$(grep -l '^if __name__' benchmarks/*.py | xargs -n 1 basename -s .py); do \
+		echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache mixwright-demo

@@ -1,10 +1,10 @@
 """Every system of the PHATGOOSE comparison over one trained pool, as one composed model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.side_by_side import Parts
 from benchmarks.trained_pool import TrainedPool
@@ -12,7 +12,7 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
 from mixwright.evaluation import systems
-from mixwright.evaluation.activations import average_activations, moments
+from mixwright.evaluation.activations import Moments, average_activations, moments
 from mixwright.evaluation.evaluate import evaluate
 from mixwright.evaluation.retrieval import build_library, mean_state
 from mixwright.evaluation.scores import LOWER_IS_BETTER, AbstractTask
@@ -24,6 +24,8 @@ from mixwright.routers.signature import SignatureScores
 from mixwright.routers.token import TokenRouter
 
 TOP_K = 2
+MERGES = (0.2, 0.3, 0.5, 1.0)
+QUALITIES = (0.03, 0.1, 0.3, 1.0)
 SHARINGS = {
     "PHATGOOSE + consensus": [Sharing(consensus=beta) for beta in (0.1, 0.3, 1.0, 3.0)],
     "PHATGOOSE + pooling": [Sharing(pooling=decay) for decay in (0.5, 0.8, 0.95)],
@@ -46,11 +48,10 @@ class OwnText:
 
 def composed_pool(backbone: nn.Module, pool: TrainedPool) -> ComposedModel:
     """PHATGOOSE: the pool's experts and gates, top 2."""
-    experts = lora_experts(pool.parts)
-    mixtures = {
-        site: Mixture(backbone.get_submodule(site), TokenRouter(PrototypeScores(pool.parts.gates[site]), TOP_K), members)
-        for site, members in experts.items()
-    }
+    mixtures: dict[str, Mixture] = {}
+    for site, experts in lora_experts(pool.parts).items():
+        router = TokenRouter(PrototypeScores(pool.parts.gates[site]), TOP_K)
+        mixtures[site] = Mixture(backbone.get_submodule(site), router, experts)
     return ComposedModel(backbone, mixtures, pool.names)
 
 
@@ -66,7 +67,7 @@ def all_systems(
     """The systems, and which settings were chosen on held-in validation."""
     gates: dict[str, AbstractScores] = {site: PrototypeScores(rows) for site, rows in pool.parts.gates.items()}
     average = average_activations(model, own.averages)
-    signs = {rank: _signatures(model, own.averages, rank) for rank in (0, 16)}
+    signs = _signatures(model, own.averages, (0, 16))
     found = [
         systems.backbone(),
         *systems.single_experts(model),
@@ -85,25 +86,32 @@ def all_systems(
         systems.scored("signature (diagonal)", model, signs[0], TOP_K),
         systems.scored("signature (rank 16)", model, signs[16], TOP_K),
     ]
-    found += noisy_systems(model, pool, validation)
     chosen: dict[str, str] = {}
-    grids = [(gates, SHARINGS), (signs[16], SIGNATURE_SHARINGS)]
-    for scores, names in grids:
+
+    def keep_best(name: str, tried: dict[str, System]) -> None:
+        means = evaluate(model, validation, list(tried.values())).means(metric)
+        best = (min if metric in LOWER_IS_BETTER else max)(tried, key=means.__getitem__)
+        chosen[name] = best
+        found.append(replace(tried[best], name=name))
+
+    for scores, names in ((gates, SHARINGS), (signs[16], SIGNATURE_SHARINGS)):
         for name, grid in names.items():
-            tried = [systems.scored(str(sharing), model, scores, TOP_K, sharing=sharing) for sharing in grid]
-            means = evaluate(model, validation, tried).means(metric)
-            best = min(means, key=means.__getitem__) if metric in LOWER_IS_BETTER else max(means, key=means.__getitem__)
-            chosen[name] = best
-            setting = next(sharing for sharing in grid if str(sharing) == best)
-            found.append(systems.scored(name, model, scores, TOP_K, sharing=setting))
+            settings = {str(sharing): sharing for sharing in grid}
+            keep_best(name, {t: systems.scored(t, model, scores, TOP_K, sharing=s) for t, s in settings.items()})
+    keep_best("merged, weight chosen", {f"weight={w}": systems.merged(model, w, f"weight={w}") for w in MERGES})
+    plain, weighted = noisy_systems(model, pool, validation)
+    found.append(plain)
+    keep_best("PHATGOOSE, a random expert more, quality", weighted)
     return found, chosen
 
 
-def noisy_systems(model: ComposedModel, pool: TrainedPool, validation: Sequence[AbstractTask]) -> list[System]:
+def noisy_systems(
+    model: ComposedModel, pool: TrainedPool, validation: Sequence[AbstractTask]
+) -> tuple[System, dict[str, System]]:
     """The pool with one random-weight expert more, whose gate was trained like the others on the first expert's task.
 
-    With `quality` each expert's score has its measured gain over the backbone added, in nats per token on its own
-    validation text.
+    With `quality` q each expert's score has q times its measured gain over the backbone added, in nats per token on its
+    own validation text.
     """
     parts = Parts(
         pool.parts.scale,
@@ -114,28 +122,34 @@ def noisy_systems(model: ComposedModel, pool: TrainedPool, validation: Sequence[
     gates: dict[str, AbstractScores] = {
         site: PrototypeScores(torch.cat([rows, pool.noise.gates[site]])) for site, rows in pool.parts.gates.items()
     }
-    base = evaluate(model, validation, [systems.backbone()]).means
-    own = [*zip(pool.names, validation, strict=True)]
     alone = {system.name: system for system in systems.single_experts(model)}
-    gains = [_gain(model, alone[name], task, base("nats", [task.name])["backbone"]) for name, task in own]
-    noise = systems.adapter("noise", lora_experts(pool.noise))
-    gains.append(_gain(model, noise, validation[0], base("nats", [validation[0].name])["backbone"]))
-    return [
-        systems.scored("PHATGOOSE, a random expert more", model, gates, TOP_K, experts=experts),
-        systems.scored(
-            "PHATGOOSE, a random expert more, quality", model, gates, TOP_K, experts=experts, offset=torch.tensor(gains)
-        ),
-    ]
+    own = [(alone[name], task) for name, task in zip(pool.names, validation, strict=True)]
+    own.append((systems.adapter("noise", lora_experts(pool.noise)), validation[0]))
+    gains = torch.tensor([_gain(model, system, task) for system, task in own])
+    plain = systems.scored("PHATGOOSE, a random expert more", model, gates, TOP_K, experts=experts)
+    weighted = {
+        f"quality={q}": systems.scored(f"quality={q}", model, gates, TOP_K, experts=experts, offset=q * gains)
+        for q in QUALITIES
+    }
+    return plain, weighted
 
 
-def _gain(model: ComposedModel, system: System, task: AbstractTask, base: float) -> float:
-    return base - evaluate(model, [task], [system]).means("nats")[system.name]
+def _gain(model: ComposedModel, system: System, task: AbstractTask) -> float:
+    means = evaluate(model, [task], [systems.backbone(), system]).means("nats")
+    return means["backbone"] - means[system.name]
 
 
-def _signatures(model: ComposedModel, examples: Sequence[Sequence[Batch]], rank: int) -> dict[str, AbstractScores]:
-    each: list[dict[str, dict[str, Tensor]]] = []
+def _signatures(
+    model: ComposedModel, examples: Sequence[Sequence[Batch]], ranks: tuple[int, ...]
+) -> dict[int, dict[str, AbstractScores]]:
+    """Rank -> site -> scores, from one look at each expert's text."""
+    seen: list[dict[str, Moments]] = []
     for batches in examples:
         with model.disabled():
-            seen = moments(model, batches, paired=rank > 0)
-        each.append({site: found.signature(rank) for site, found in seen.items()})
-    return {site: SignatureScores.from_signatures([signature[site] for signature in each]) for site in each[0]}
+            seen.append(moments(model, batches, paired=True))
+    return {
+        rank: {
+            site: SignatureScores.from_signatures([found[site].signature(rank) for found in seen]) for site in seen[0]
+        }
+        for rank in ranks
+    }

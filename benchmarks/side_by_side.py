@@ -1,7 +1,8 @@
-"""PHATGOOSE's two stages for several experts at once: their batches lie one below the other, each row meets its own expert.
+"""PHATGOOSE's two stages for several experts at once: their batches lie one below the other.
 
-The backbone is frozen and the experts share nothing, so training them in one forward gives what training each alone
-gives, at a fraction of the time: the loss is the sum of the experts' mean losses and gradients are clipped per expert.
+Each row meets its own expert. The backbone is frozen and the experts share nothing, so training them in one forward
+gives what training each alone gives, at a fraction of the time: the loss is the sum of the experts' mean losses, and
+gradients are clipped per expert.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ class Stages:
 
 @dataclass
 class Parts:
-    """Trained experts, stacked: site -> down (experts, rank, d_in), up (experts, d_out, rank), gates (experts, d_in)."""
+    """Stacked experts: site -> down (experts, rank, d_in), up (experts, d_out, rank), gates (experts, d_in)."""
 
     scale: float
     down: dict[str, Tensor] = field(default_factory=dict)
@@ -98,8 +99,10 @@ class RowGates(AbstractRouter):
         return Routing(torch.sigmoid(scores), num_experts=1)
 
 
-def fit(model: ComposedModel, parameters: list[nn.Parameter], losses: Losses, steps: int, stages: Stages) -> list[float]:
-    """AdamW, linear warm-up from 0 then constant, clipping of each expert's gradient; returns the mean loss of each step."""
+def fit(
+    model: ComposedModel, parameters: list[nn.Parameter], losses: Losses, steps: int, stages: Stages
+) -> list[float]:
+    """AdamW, linear warm-up from 0 then constant, each expert's gradient clipped; the mean loss of each step."""
     optimiser = torch.optim.AdamW(parameters, lr=stages.learning_rate, weight_decay=0.0)
     warmup = max(1, int(stages.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, step / warmup))
@@ -138,9 +141,8 @@ def train_experts(
         )
         for path, site in sites.items()
     }
-    mixtures = {
-        path: Mixture(backbone.get_submodule(path), ConstantRouter(torch.ones(1)), part) for path, part in experts.items()
-    }
+    always = ConstantRouter(torch.ones(1))
+    mixtures = {path: Mixture(backbone.get_submodule(path), always, part) for path, part in experts.items()}
     model = ComposedModel(backbone, mixtures, ("own",))
     trained = [p for part in experts.values() for p in part.parameters()]
     history = fit(model, trained, losses, stages.expert_steps, stages)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.pool_systems import OwnText, all_systems, composed_pool
-from benchmarks.record import surroundings
+from benchmarks.record import summary, surroundings
 from benchmarks.side_by_side import Losses, Stages, train_experts, train_gates
 from benchmarks.trained_pool import TrainedPool, random_weights
 from mixwright.composition.model import ComposedModel
@@ -26,13 +26,12 @@ from mixwright.data.collate import IGNORED, Batch
 from mixwright.data.synthetic import CipherTask, Examples, Language, Suite, copying, exclusive, mixing, overlapping
 from mixwright.evaluation.evaluate import evaluate
 from mixwright.evaluation.scores import TokenTask
-from mixwright.evaluation.table import Table, markdown, merged_runs
+from mixwright.evaluation.table import Table
 from mixwright.sites import Site, linear_sites
 
 WIDTH = 48
 ROWS = 16
 KINDS = {"causal": "Llama, 2 layers", "seq2seq": "T5, 2+2 layers"}
-REFERENCE = "PHATGOOSE"
 
 
 def arguments() -> argparse.Namespace:
@@ -47,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gate-steps", type=int, default=100, help="the paper: 100")
     parser.add_argument("--examples", type=int, default=128, help="of each test task")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--again", action="store_true", help="evaluate although the cache has scores")
     return parser.parse_args()
 
 
@@ -86,12 +86,16 @@ def train_backbone(kind: str, language: Language, steps: int, seed: int) -> nn.M
     model = build(kind, language, seed)
     within = [p for n, p in model.named_parameters() if p.dim() == 2 and not _embeds(n)]
     outside = [p for n, p in model.named_parameters() if p.dim() != 2 or _embeds(n)]
-    optimisers = [torch.optim.Muon(within, lr=0.02, weight_decay=0.0), torch.optim.AdamW(outside, lr=5e-3, weight_decay=0.0)]
+    optimisers = [
+        torch.optim.Muon(within, lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW(outside, lr=5e-3, weight_decay=0.0),
+    ]
     for step in range(steps):
         rate = min(1.0, (step + 1) / 20) * max(0.02, 1 - step / steps)
         for optimiser, full in zip(optimisers, (0.02, 5e-3), strict=True):
             optimiser.param_groups[0]["lr"] = full * rate
-        loss = row_losses(model, as_batch(kind, copying(language).sample(language, 64, 10**6 * (seed + 1) + step))).mean()
+        examples = copying(language).sample(language, 64, 10**6 * (seed + 1) + step)
+        loss = row_losses(model, as_batch(kind, examples)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
@@ -144,7 +148,9 @@ def train_pool(
     return TrainedPool(tuple(task.name for task in suite.experts), parts, noise, multitask)
 
 
-def test_tasks(kind: str, language: Language, tasks: tuple[CipherTask, ...], count: int, first_seed: int) -> list[TokenTask]:
+def test_tasks(
+    kind: str, language: Language, tasks: tuple[CipherTask, ...], count: int, first_seed: int
+) -> list[TokenTask]:
     """Held-out examples of each task, in batches of 256."""
     found: list[TokenTask] = []
     for at, task in enumerate(tasks):
@@ -163,8 +169,8 @@ def own_text(kind: str, language: Language, suite: Suite, seed: int) -> OwnText:
     )
 
 
-def run_seed(kind: str, args: argparse.Namespace, seed: int) -> tuple[dict[str, Table], dict[str, Any]]:
-    """All three suites for one backbone: suite -> table, suite -> settings chosen on validation."""
+def run_seed(kind: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """All three suites for one backbone: suite -> scores, and the settings chosen on validation."""
     language = Language(seed=seed)
     folder = args.cache / f"{kind}-seed{seed}-{args.backbone_steps}-{args.expert_steps}-{args.gate_steps}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,8 +181,10 @@ def run_seed(kind: str, args: argparse.Namespace, seed: int) -> tuple[dict[str, 
     else:
         backbone = train_backbone(kind, language, args.backbone_steps, seed)
         save_file({name: t.contiguous().clone() for name, t in backbone.state_dict().items()}, stored)
-    tables: dict[str, Table] = {}
-    chosen: dict[str, Any] = {}
+    scored = folder / f"{args.examples}.scores"
+    if scored.exists() and not args.again:
+        return torch.load(scored, weights_only=False)
+    run: dict[str, Any] = {"chosen": {}}
     for trained, tested in ((exclusive(language), (exclusive(language), mixing(language))),) + (
         (overlapping(language), (overlapping(language),)),
     ):
@@ -191,11 +199,13 @@ def run_seed(kind: str, args: argparse.Namespace, seed: int) -> tuple[dict[str, 
         found, settings = all_systems(model, pool, own_text(kind, language, trained, seed), validation, "nats", seed)
         for suite in tested:
             tasks = test_tasks(kind, language, suite.tests, args.examples, 3 * 10**8 + 1000 * seed)
-            tables[suite.name] = evaluate(model, tasks, found, seed=seed).with_best_experts(pool.names)
-            chosen[suite.name] = settings
+            run[suite.name] = evaluate(model, tasks, found, seed=seed).with_best_experts(pool.names).scores
+            run["chosen"][suite.name] = settings
             print(f"{kind} seed {seed} {suite.name}: evaluated {len(found)} systems", flush=True)
         model.remove()
-    return tables, chosen
+    if not args.train_only:
+        torch.save(run, scored)
+    return run
 
 
 def main() -> None:
@@ -208,9 +218,9 @@ def main() -> None:
         if args.train_only:
             continue
         for suite in ("exclusive", "mixing", "overlapping"):
-            table = merged_runs({seed: tables[suite] for seed, (tables, _) in runs.items()})
-            chosen = {seed: settings[suite] for seed, (_, settings) in runs.items()}
-            result["results"][f"{kind}/{suite}"] = summary(table, chosen)
+            table = Table([score for run in runs.values() for score in run[suite]])
+            chosen = {seed: run["chosen"][suite] for seed, run in runs.items()}
+            result["results"][f"{kind}/{suite}"] = summary(table, chosen, "tokens")
             print(f"\n### {suite}, {KINDS[kind]}\n\n{result['results'][f'{kind}/{suite}']['markdown']}\n", flush=True)
         write(args, result, started)
 
@@ -220,22 +230,6 @@ def write(args: argparse.Namespace, result: dict[str, Any], started: float) -> N
     result |= {"settings": {k: str(v) for k, v in vars(args).items()}, **surroundings(started)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def summary(table: Table, chosen: dict[int, Any]) -> dict[str, Any]:
-    """What is kept of a table: means with intervals, paired differences to plain PHATGOOSE, means of each seed."""
-    kept: dict[str, Any] = {"chosen_on_validation": chosen, "systems": {}}
-    for metric in table.metrics:
-        means, gaps = table.intervals(metric), table.differences(metric, REFERENCE)
-        for system, mean in means.items():
-            kept["systems"].setdefault(system, {})[metric] = {
-                "mean": mean.value, "low": mean.low, "high": mean.high, "stderr": mean.stderr, "n": mean.n,
-                "minus_phatgoose": [gaps[system].value, gaps[system].low, gaps[system].high],
-                "by_seed": [table.means(metric, seed=seed)[system] for seed in sorted({s.seed for s in table.scores})],
-                "by_task": {task: table.means(metric, [task])[system] for task in table.tasks},
-            }  # fmt: skip
-    kept["markdown"] = markdown(*table.rows("tokens", REFERENCE))
-    return kept
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The real suite: all-MiniLM-L6-v2, nine experts trained apart, three held-out tasks scored zero-shot by nearest label text.
+"""The real suite: all-MiniLM-L6-v2, nine experts trained apart, three held-out tasks by nearest label text.
 
     python -m benchmarks.text_suite --data ../shared/data/text_suite
 
@@ -8,16 +8,26 @@ Trained parts are kept under --cache, so that evaluation can be repeated alone. 
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.pool_systems import OwnText, all_systems, composed_pool
+from benchmarks.record import summary, surroundings
 from benchmarks.side_by_side import Parts, Stages, train_experts, train_gates
-from benchmarks.text_tasks import HELD_IN, HELD_OUT, MAX_TOKENS, LabelledTask, Tokenise, label_loss, read_task
+from benchmarks.text_tasks import HELD_IN, HELD_OUT, MAX_TOKENS, LabelledTask, TextRows, Tokenise, label_loss, read_task
 from benchmarks.trained_pool import TrainedPool, random_weights, stacked
+from mixwright.composition.model import ComposedModel
+from mixwright.data.collate import Batch
+from mixwright.evaluation.evaluate import evaluate
+from mixwright.evaluation.scores import LabelTask
+from mixwright.evaluation.table import Table
 from mixwright.sites import Site, linear_sites
 
 
@@ -33,7 +43,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gate-steps", type=int, default=50, help="the paper: 100")
     parser.add_argument("--multitask-steps", type=int, default=360)
     parser.add_argument("--rows", type=int, default=16, help="texts in a training batch; the paper: 1024")
+    parser.add_argument("--examples", type=int, default=120, help="first test rows of each held-out task; 0 is all")
+    parser.add_argument("--held-in-examples", type=int, default=20, help="the same of each held-in task")
+    parser.add_argument("--backwards", action="store_true", help="train the last expert first, beside a second process")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--again", action="store_true", help="evaluate although the cache has scores")
     return parser.parse_args()
 
 
@@ -65,28 +79,48 @@ def train(
     """Nine experts and gates one by one (texts differ in length), a noise expert's gate, a multitask adapter."""
     sites = adapted_sites(backbone)
     stages = Stages(alpha=1.0, expert_steps=args.expert_steps, gate_steps=args.gate_steps)
-    each: list[Parts] = []
-    for number, task in enumerate(tasks):
-        started = time.process_time()
-        losses = label_loss([task], tokenise, args.rows, seed=100 * seed + number)
-        parts, history = train_experts(backbone, sites, 1, losses, stages, seed=100 * seed + number)
-        gate_losses = label_loss([task], tokenise, args.rows, seed=100 * seed + number + 50)
-        gates = train_gates(backbone, parts, gate_losses, stages)
-        each.append(parts)
-        print(
-            f"seed {seed} {task.name}: expert loss {_ends(history)}, gate loss {_ends(gates)}, "
-            f"{time.process_time() - started:.0f} CPU-s",
-            flush=True,
-        )
-    experts = stacked(each)
+    each: dict[str, Parts] = {}
+    for number in sorted(range(len(tasks)), reverse=args.backwards):
+        stored = args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}-{tasks[number].name}.safetensors"
+        if not stored.exists():
+            save_file(train_one(backbone, sites, tokenise, tasks[number], stages, args, seed, number).state(), stored)
+        each[tasks[number].name] = Parts.from_state(load_file(stored))
+    experts = stacked([each[task.name] for task in tasks])
     noise = random_weights(experts, seed=seed)
     losses = label_loss([tasks[0]], tokenise, args.rows, seed=100 * seed + 50)
     print(f"seed {seed} noise expert: gate loss {_ends(train_gates(backbone, noise, losses, stages))}", flush=True)
-    longer = Stages(alpha=1.0, expert_steps=args.multitask_steps)
-    losses = label_loss(tasks, tokenise, args.rows, seed=100 * seed + 99)
-    multitask, history = train_experts(backbone, sites, 1, losses, longer, seed=100 * seed + 99)
-    print(f"seed {seed} multitask: loss {_ends(history)}", flush=True)
-    return TrainedPool(tuple(task.name for task in tasks), experts, noise, multitask)
+    stored = args.cache / f"seed{seed}-{args.multitask_steps}-multitask.safetensors"
+    if not stored.exists():
+        longer = Stages(alpha=1.0, expert_steps=args.multitask_steps)
+        losses = label_loss(tasks, tokenise, args.rows, seed=100 * seed + 99)
+        multitask, history = train_experts(backbone, sites, 1, losses, longer, seed=100 * seed + 99)
+        print(f"seed {seed} multitask: loss {_ends(history)}", flush=True)
+        save_file(multitask.state(), stored)
+    return TrainedPool(tuple(task.name for task in tasks), experts, noise, Parts.from_state(load_file(stored)))
+
+
+def train_one(
+    backbone: nn.Module,
+    sites: dict[str, Site],
+    tokenise: Tokenise,
+    task: LabelledTask,
+    stages: Stages,
+    args: argparse.Namespace,
+    seed: int,
+    number: int,
+) -> Parts:
+    """One expert and its gate."""
+    started = time.process_time()
+    losses = label_loss([task], tokenise, args.rows, seed=100 * seed + number)
+    parts, history = train_experts(backbone, sites, 1, losses, stages, seed=100 * seed + number)
+    gate_losses = label_loss([task], tokenise, args.rows, seed=100 * seed + number + 50)
+    gates = train_gates(backbone, parts, gate_losses, stages)
+    print(
+        f"seed {seed} {task.name}: expert loss {_ends(history)}, gate loss {_ends(gates)}, "
+        f"{time.process_time() - started:.0f} CPU-s",
+        flush=True,
+    )
+    return parts
 
 
 def _ends(history: list[float]) -> str:
@@ -94,18 +128,94 @@ def _ends(history: list[float]) -> str:
     return f"{sum(history[:tenth]) / tenth:.3f} -> {sum(history[-tenth:]) / tenth:.3f}"
 
 
+def test_task(task: LabelledTask, rows: TextRows, tokenise: Tokenise, count: int, anchors: bool = True) -> LabelTask:
+    """The first `count` rows, sorted by length, 32 to a batch; labels embedded by the backbone, or by each system."""
+    chosen = sorted(range(len(rows.texts))[: count or None], key=lambda i: len(rows.texts[i]))
+    batches: list[Batch] = []
+    for start in range(0, len(chosen), 32):
+        part = chosen[start : start + 32]
+        inputs = tokenise([rows.texts[i] for i in part])
+        batches.append(Batch("encoder", inputs, rows.labels[part], len(part), tokenise(task.words)))
+    return LabelTask(task.name, batches, task.anchors if anchors else None)
+
+
+def own_text(tasks: list[LabelledTask], tokenise: Tokenise) -> OwnText:
+    """64 training texts of each expert for averages and signatures, 100 for retrieval (the paper: 1000)."""
+    return OwnText(
+        [test_task(task, task.train, tokenise, 64).batches for task in tasks],
+        [test_task(task, task.train, tokenise, 100).batches for task in tasks],
+    )
+
+
+def evaluate_seed(
+    model: ComposedModel,
+    pool: TrainedPool,
+    held_in: list[LabelledTask],
+    held_out: list[LabelledTask],
+    tokenise: Tokenise,
+    args: argparse.Namespace,
+    seed: int,
+) -> dict[str, Any]:
+    """Held-out and held-in scores of every system, and the held-out ones with labels embedded by the system itself."""
+    validation = [test_task(task, task.validation, tokenise, 8) for task in held_in]
+    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed)
+
+    def say(system: str, task: str) -> None:
+        print(f"seed {seed}: {system} on {task}", flush=True)
+
+    zero_shot = [test_task(task, task.test, tokenise, args.examples) for task in held_out]
+    own = [test_task(task, task.test, tokenise, args.held_in_examples) for task in held_in]
+    moved = [test_task(task, task.test, tokenise, args.examples, anchors=False) for task in held_out]
+    few = [s for s in found if s.name in {"backbone", "merged product", "PHATGOOSE", "multitask LoRA (sees all data)"}]
+    return {
+        "chosen": chosen,
+        "held-out": evaluate(model, zero_shot, found, seed=seed, progress=say).with_best_experts(pool.names).scores,
+        "held-in": evaluate(model, own, found, seed=seed).with_best_experts(pool.names).scores,
+        "held-out, labels embedded by the system": evaluate(model, moved, few, seed=seed).scores,
+    }
+
+
 def main() -> None:
-    """Train what the cache lacks, evaluate, write the JSON."""
-    args = arguments()
+    """Train what the cache lacks, evaluate, print tables, write JSON."""
+    args, started = arguments(), time.process_time()
     if not args.data.is_dir():
         sys.exit(f"skipped: no folder {args.data}; give --data FOLDER with the text suite.")
     torch.set_num_threads(1)
     backbone, tokenise = load_backbone(args.model)
     held_in = [read_task(args.data / name, backbone, tokenise) for name in HELD_IN]
+    held_out = [read_task(args.data / name, backbone, tokenise) for name in HELD_OUT]
+    runs: dict[int, dict[str, Any]] = {}
     for seed in args.seeds:
-        path = args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}.safetensors"
-        if not path.exists():
-            train(backbone, tokenise, held_in, args, seed).save(path)
+        name = f"seed{seed}-{args.expert_steps}-{args.gate_steps}"
+        trained, scored = args.cache / f"{name}.safetensors", args.cache / f"{name}-{args.examples}.scores"
+        if not trained.exists():
+            train(backbone, tokenise, held_in, args, seed).save(trained)
+        if args.train_only:
+            continue
+        if args.again or not scored.exists():
+            pool = TrainedPool.load(trained, HELD_IN)
+            model = composed_pool(backbone, pool)
+            torch.save(evaluate_seed(model, pool, held_in, held_out, tokenise, args, seed), scored)
+            model.remove()
+        runs[seed] = torch.load(scored, weights_only=False)
+    if runs:
+        report(args, runs, started)
+
+
+def report(args: argparse.Namespace, runs: dict[int, dict[str, Any]], started: float) -> None:
+    """Print the tables of all seeds together and write the JSON."""
+    chosen = {seed: run["chosen"] for seed, run in runs.items()}
+    result: dict[str, Any] = {"chosen_on_validation": chosen, "results": {}}
+    for exam in [name for name in runs[args.seeds[0]] if name != "chosen"]:
+        table = Table([score for run in runs.values() for score in run[exam]])
+        without = [task for task in table.tasks if task != "sst2"]
+        kept = result["results"][exam] = summary(table, {}, "accuracy")
+        if "sst2" in table.tasks:
+            kept["without_sst2"] = table.means("accuracy", without)
+        print(f"\n### {exam}\n\n{kept['markdown']}\n", flush=True)
+    result |= {"settings": {k: str(v) for k, v in vars(args).items()}, **surroundings(started)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

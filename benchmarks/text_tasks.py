@@ -66,7 +66,7 @@ def _rows(rows: list[dict[str, object]]) -> TextRows:
     return TextRows([str(row["text"]) for row in rows], torch.tensor([int(str(row["label"])) for row in rows]))
 
 
-def label_loss(tasks: list[LabelledTask], tokenise: Tokenise, rows: int, seed: int):  # noqa: ANN201
+def label_loss(tasks: list[LabelledTask], tokenise: Tokenise, rows: int, seed: int):
     """(model, step) -> mean cross-entropy of cosine / 0.05 against a task's label texts, one entry for one expert.
 
     With several tasks each step draws its batch from one of them in turn: a multitask adapter's loss.

@@ -1,19 +1,28 @@
-"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. The one place that joins methods with the rest."""
+"""The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mixwright import artifact
 from mixwright import config as configuration
-from mixwright.backbones.hf import load_backbone, load_tokenizer
+from mixwright.backbones.hf import load_backbone, load_tokenizer, provenance
 from mixwright.catalog.store import Catalog
 from mixwright.composition.model import ComposedModel
+from mixwright.data.batches import make_batches
+from mixwright.data.tasks import read_task
+from mixwright.evaluation.evaluate import evaluate as score
+from mixwright.evaluation.quality import measure_quality
+from mixwright.evaluation.systems import members
+from mixwright.evaluation.table import Table
+from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.job import open_job
 from mixwright.training.run import TrainingReport, run_stages
+from mixwright.training.sign import sign_job, signature_of
 
 
 def compose(
@@ -47,8 +56,8 @@ def train(
     """Train an expert as a recipe (a value, a mapping, or a YAML file) says, and put it into the recipe's catalogue.
 
     `stage` runs one of the method's stages alone. `resume` goes on where the same run was cut off, to the same weights.
-    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and checks
-    everything, and says what training would need. Under torchrun every process calls this.
+    `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and
+    checks everything, and says what training would need. Under torchrun every process calls this.
 
     Raises ValueError for a fault in the recipe or the data (key, or file and line), CatalogError for a refusal.
     """
@@ -61,13 +70,113 @@ def train(
     backbone = load_backbone(
         source.path,
         revision=source.revision,
-        dtype=None if source.dtype == "auto" else source.dtype,
+        dtype=source.dtype,
         kind=source.kind,
         device_map=source.device_map,
     )
     tokenizer = load_tokenizer(source.path, revision=source.revision)
     job = open_job(settings, backbone, tokenizer, Catalog(settings.catalog, backbone))
-    return run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    report = run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    if not dry_run and stage in (None, stages[-1].name):
+        sign_job(job)
+    return report
+
+
+def load(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    dtype: Any = None,
+) -> ComposedModel:
+    """The composed model that `save_pretrained` or `push_to_hub` wrote: see `mixwright.artifact.load`."""
+    return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
+
+
+def evaluate(
+    model: ComposedModel,
+    data: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: Any = None,
+    systems: Sequence[str] = NAMES,
+    batch_size: int = 16,
+    max_length: int = 512,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Table:
+    """The backbone, each expert, merges, baselines and the routed model on the same examples, with one model in memory.
+
+    `data`: JSONL files, folders or hub ids, one task each. `tokenizer`: the one beside the backbone unless given.
+    """
+    sources = [data] if isinstance(data, str | Path) else data
+    reader = tokenizer or _tokenizer(model)
+    options = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
+    tasks = file_tasks(model, reader, [str(source) for source in sources], **options)
+    table = score(model, tasks, chosen_systems(model, systems, seed=seed), seed=seed)
+    return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in systems else table
+
+
+def measure(
+    catalog: Catalog | str | Path,
+    expert: str,
+    *,
+    backbone: nn.Module | str | Path,
+    held_out: str | Path,
+    general: str | Path | None = None,
+    tokenizer: Any = None,
+    limit: int | None = 256,
+) -> dict[str, Any]:
+    """Measure an expert's quality and write it on its card: what `mixwright experts measure` does.
+
+    `held_out`: text of the expert's own task that it has not seen. `general`: text on which it should do no harm. The
+    result is described at `mixwright.evaluation.quality.measure_quality`.
+    """
+    shelf = Catalog(catalog) if isinstance(catalog, str | Path) else catalog
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    model = compose("phatgoose", backbone=base, catalog=shelf, top_k=1)
+    try:
+        model.index(expert)
+        reader = tokenizer or _tokenizer(model)
+        options = {"batch_size": 16, "max_length": 512, "limit": limit}
+        (own,) = file_tasks(model, reader, [str(held_out)], **options)
+        wide = None if general is None else file_tasks(model, reader, [str(general)], **options)[0]
+        gates = {other: found for other in shelf.ids() if (found := shelf.expert(other).gates) is not None}
+        quality = measure_quality(model, expert, held_out=own, general=wide, gates=gates)
+    finally:
+        model.remove()
+    shelf.attach(expert, quality=quality)
+    return quality
+
+
+def sign(
+    catalog: Catalog | str | Path,
+    expert: str,
+    *,
+    backbone: nn.Module | str | Path,
+    text: str | Path,
+    tokenizer: Any = None,
+    max_length: int = 512,
+    limit: int | None = 256,
+) -> None:
+    """Give an expert a signature: statistics of the backbone's activations on `text`, which should be of its own kind.
+
+    With signatures for every expert, adapters that came without gates can be routed: see `router="signatures"`.
+    """
+    shelf = Catalog(catalog) if isinstance(catalog, str | Path) else catalog
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    reader = tokenizer or load_tokenizer(str(backbone))
+    task = read_task(text, limit=limit)
+    data = make_batches(task, reader, provenance(base)["kind"], batch_size=8, seed=0, max_length=max_length)
+    shelf.bind(base)
+    shelf.attach(expert, signatures=signature_of(base, data, list(shelf.card(expert).sites)))
+
+
+def _tokenizer(model: ComposedModel) -> Any:
+    path = model.composition.backbone.get("path")
+    if not path:
+        raise ValueError("the backbone was built in memory and has no tokenizer beside it; give tokenizer=.")
+    return load_tokenizer(path, revision=model.composition.backbone.get("revision"))
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -39,7 +39,7 @@ def open_regular(name: str | os.PathLike[str], *, folder: int | None = None) -> 
     """A descriptor for reading a regular file; links are not followed and a pipe does not block.
 
     `folder` is the descriptor of the folder that `name` is relative to. Raises CatalogError (PATH) for anything but a
-    regular file, FileNotFoundError for nothing.
+    regular file, FileNotFoundError or NotADirectoryError for nothing.
     """
     where = f'file "{os.path.basename(name)}"'
     try:
@@ -49,7 +49,7 @@ def open_regular(name: str | os.PathLike[str], *, folder: int | None = None) -> 
                 "PATH", where, f"this is {_kind(kind)}; only regular files are read. Copy the file itself."
             )
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise CatalogError("PATH", where, f"it cannot be opened ({error.strerror}). Check its permissions.") from None

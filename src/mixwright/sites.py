@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "jamba", "bamba", "zamba", "zamba2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
 def fused_sites(model: nn.Module) -> tuple[str, ...]:
     """Linear layers that a faster implementation of the model reads past, so that an expert there may do nothing.
 
-    State-space mixers hand `out_proj` to a fused kernel as a bare weight; torch's attention does with its own.
+    State-space mixers hand `out_proj` and `dt_proj` to a fused kernel as bare weights; torch's attention does the same.
     """
     mixers = getattr(getattr(model, "config", None), "model_type", "") in _STATE_SPACE
     return tuple(
         path
         for path in linear_sites(model)
         if type(model.get_submodule(path)).__name__ == "NonDynamicallyQuantizableLinear"
-        or (mixers and path.endswith(".out_proj"))
+        or (mixers and path.endswith((".out_proj", ".dt_proj")))
     )
 
 

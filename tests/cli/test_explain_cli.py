@@ -31,7 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         assert path == tmp_path
         return composed(request.param, backbone or str(tmp_path / "base"))
 
-    monkeypatch.setattr("mixwright.api.load", load, raising=False)
+    monkeypatch.setattr("mixwright.api.load", load)
     return tmp_path
 
 

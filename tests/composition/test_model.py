@@ -263,6 +263,26 @@ def test_counts_of_parameters(gpt2: ComposedModel, capsys: pytest.CaptureFixture
     assert gpt2.num_added_parameters() == sum(t.numel() for t in gpt2.added_state().values())
 
 
+def test_what_an_evaluation_harness_calls(gpt2: ComposedModel) -> None:
+    before = logits(gpt2)
+    gpt2.eval()
+    gpt2.tie_weights()
+    assert gpt2.get_input_embeddings() is gpt2.backbone.get_input_embeddings()
+    with torch.no_grad():
+        assert torch.equal(gpt2(IDS).logits, before)
+    answer = gpt2.generate(input_ids=IDS, max_length=8, pad_token_id=0, use_cache=True, do_sample=False)
+    assert answer.shape == (2, 8)
+
+
+def test_a_backbone_that_was_placed_by_a_device_map(tmp_path: Path, pool_of: Any, composed: Any) -> None:
+    from mixwright.backbones.hf import load_backbone
+
+    tiny_backbone("llama").save_pretrained(tmp_path)
+    plain, placed = load_backbone(tmp_path), load_backbone(tmp_path, device_map={"model": "cpu", "lm_head": "cpu"})
+    pool = pool_of(plain)
+    assert torch.equal(logits(composed(placed, pool)), logits(composed(plain, pool)))
+
+
 def test_text_generation_pipeline(gpt2: ComposedModel) -> None:
     from transformers import pipeline
 

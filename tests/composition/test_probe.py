@@ -1,5 +1,6 @@
 """The probe: when a site runs, on which tokens, which sites share an input, and which sites do not run at all."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixwright.backbones.tiny import tiny_backbone
-from mixwright.composition.probe import probe
+from mixwright.composition.probe import called_sites, probe
 from mixwright.errors import IncompatibleExpert
 from mixwright.ops.digest import tensor_digest
 from mixwright.sites import target_sites
@@ -92,6 +93,39 @@ def test_a_state_space_mixers_fused_projection_is_refused() -> None:
     assert {path.split(".")[-1] for path in target_sites(backbone, ("all-linear",))} == {"in_proj"}
     with pytest.raises(IncompatibleExpert, match=r"^TARGET backbone\.layers\.0\.mixer\.out_proj"):
         probe(backbone, target_sites(backbone, ("out_proj",)))
+
+
+def test_all_linear_leaves_out_what_is_never_called() -> None:
+    class Spare(nn.Module):
+        main_input_name = "input_ids"
+        config = SimpleNamespace(vocab_size=10)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 4)
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.used(self.embed(input_ids))
+
+    assert called_sites(Spare(), ("all-linear",)) == ("used",)
+    assert called_sites(Spare(), ("all-linear", "spare")) == ("used", "spare")
+    with pytest.raises(IncompatibleExpert, match="^TARGET spare"):
+        probe(Spare(), ("used", "spare"))
+
+
+def test_an_idle_expert_of_a_sparse_layer_is_a_site() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[1](x)
+
+    found = probe(Sparse(), ("experts.0", "experts.1", "experts.2"), {"x": torch.randn(1, 2, 4)})
+    assert list(found.sites) == ["experts.1", "experts.0", "experts.2"]
+    assert len(found.groups()) == 3
 
 
 def test_a_foreign_model_that_can_not_be_run_shares_nothing() -> None:

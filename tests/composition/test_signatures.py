@@ -176,13 +176,15 @@ def test_scores_are_the_textbooks_discriminant(factor: bool, shrinkage: float) -
     if factor:
         each = torch.stack([s["factor"].double().T @ s["factor"].double() for s in signatures]).mean(0)
         covariance = covariance + each - each.diagonal().diag()
-    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * torch.eye(24)
+    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().diag()
     expected = torch.log_softmax(dense_discriminant(texts[0][:50], signatures, covariance), -1).float()
-    scores = SignatureScores.from_signatures(signatures, shrinkage=shrinkage)
+    scores = SignatureScores.from_signatures(signatures, shrinkage=shrinkage, temperature=1.0)
     found = torch.log_softmax(scores(texts[0][:50]), -1)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
     cold = SignatureScores.from_signatures(signatures, shrinkage=shrinkage, temperature=2.0)(texts[0][:50])
     torch.testing.assert_close(2 * cold, scores(texts[0][:50]), atol=1e-3, rtol=1e-4)
+    usual = SignatureScores.from_signatures(signatures, shrinkage=shrinkage)(texts[0][:50])
+    torch.testing.assert_close((3 if factor else 10) * usual, scores(texts[0][:50]), atol=2e-3, rtol=1e-4)
 
 
 def test_directions_make_the_discriminant_better_and_calmer() -> None:
@@ -199,7 +201,7 @@ def test_directions_make_the_discriminant_better_and_calmer() -> None:
 
 def test_redundancy_and_distance() -> None:
     texts, signatures = gaussians(factor=True)
-    same = redundancy([*signatures, signatures[0]])
+    same = redundancy([*signatures, signatures[0]], shrinkage=0.0)
     torch.testing.assert_close(same.diagonal(), torch.ones(4))
     torch.testing.assert_close(same, same.T)
     assert same[0, 3] > 0.999

@@ -188,4 +188,6 @@ def test_a_null_expert_leads_where_it_holds_most_of_the_weight() -> None:
     found = explain(model, byte_tokenizer(), TEXT)
     assert found.led("backbone") == len(found.tokens)
     assert all(token.experts[-1].contribution == 0.0 for token in found.tokens)
-    assert found.mean_loss("loss_without") != found.mean_loss()
+    assert found.without is None and found.mean_loss("loss_backbone") == pytest.approx(found.mean_loss(), abs=1e-6)
+    with pytest.raises(ValueError, match="can't be left out"):
+        explain(model, byte_tokenizer(), TEXT, without="backbone")

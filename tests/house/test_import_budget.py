@@ -34,14 +34,16 @@ def fresh(code: str) -> str:
 
 
 def cpu_seconds(code: str) -> float:
-    """The least CPU time of five fresh interpreters: noise only ever adds."""
-    times: list[float] = []
-    for _ in range(5):
+    """The least CPU time of up to a dozen fresh interpreters: a busy machine only ever adds."""
+    least = float("inf")
+    for _ in range(12):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         fresh(code)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
+        least = min(least, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if least < BUDGET:
+            break
+    return least
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mixwright.ops.top_k import top_k
 from mixwright.routers.token import choose
 

@@ -26,6 +26,7 @@ EXPERTS = ["licence", "yaml", "cpp_headers"]
 def explanation(experts: list[str] | None = None, pieces: tuple[str, ...] = PIECES, losses: bool = True) -> Explanation:
     """Tokens led by one expert after another, the first of them special."""
     names = EXPERTS if experts is None else experts
+    acting = min(len(names), (len(pieces) - 1) // 3 + 2)
     return Explanation(
         text="".join(pieces),
         target=None,
@@ -33,8 +34,8 @@ def explanation(experts: list[str] | None = None, pieces: tuple[str, ...] = PIEC
         tokens=[_token(place, piece, names, losses) for place, piece in enumerate(pieces)],
         tails={"text": ""},
         depths=["model.layers.0", "model.layers.1"],
-        weight_by_depth=[[1 / len(names)] * len(names)] * 2,
-        contribution_by_depth=[[0.1] * len(names), [0.2] * len(names)],
+        weight_by_depth=[[1 / acting] * acting + [0.0] * (len(names) - acting)] * 2,
+        contribution_by_depth=[[added] * acting + [0.0] * (len(names) - acting) for added in (0.1, 0.2)],
         without=names[0] if losses else None,
         composition={
             "method": "phatgoose",

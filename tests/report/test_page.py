@@ -113,6 +113,7 @@ def test_every_expert_is_told_by_more_than_its_colour() -> None:
     assert len({look.label for look in drawn.values()}) == len(names)
     assert len({(drawn[name].colour, drawn[name].line) for name in names[:40]}) == len(HUES) * len(LINES)
     assert labels(["licence", "lisp", "日本", ""])["licence"] == "Li"
+    assert list(labels(["expert-000", "expert-001", "expert-ab"]).values()) == ["000", "001", "Ab"]
     source = explanation_page(explanation())
     assert all(f'data-k="{labels(EXPERTS)[name]}"' in source for name in EXPERTS)
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mixwright.cli import build
+from mixwright.evaluation.table import ORACLE
 from mixwright.report.run_page import run_page
 
 from .reading import Page
@@ -27,7 +28,7 @@ def record(system: str, value: float, metric: str = "accuracy", **more: Any) -> 
 
 
 RESULTS = {
-    "records": [
+    "scores": [
         record("routed", 0.8),
         record("merged", 0.4),
         record("routed", 0.6, task="mood"),
@@ -49,7 +50,7 @@ def test_names_the_best_system_and_shows_everything() -> None:
 
 
 def test_lower_is_better_for_losses() -> None:
-    page = Page(run_page({"records": [row for row in RESULTS["records"] if row["metric"] == "nats"]}))  # type: ignore[index]
+    page = Page(run_page({"scores": [row for row in RESULTS["scores"] if row["metric"] == "nats"]}))  # type: ignore[index]
     assert "merged is first" in page.words and "overlap" in page.words.split("section")[0]
 
 
@@ -61,11 +62,24 @@ def test_means_with_intervals_are_taken_as_they_were_measured() -> None:
     assert "merged is first" in Page(run_page({**RESULTS, "means": means})).words
 
 
+def test_reads_the_means_of_eval_and_ranks_no_reference_first() -> None:
+    means = [
+        {"system": system, "value": value, "stderr": 0.1, "low": value - 0.1, "high": value + 0.1, "n": 20}
+        | {"minus_backbone": {"value": value - 0.5, "low": value - 0.6, "high": value - 0.4, "n": 20}}
+        for system, value in ((ORACLE, 0.9), ("routed", 0.8), ("backbone", 0.5))
+    ]
+    rows = [record(str(mean["system"]), float(str(mean["value"]))) for mean in means]
+    page = Page(run_page({"metric": "accuracy", "means": means, "scores": [record("routed", 3.0, "nats"), *rows]}))
+    assert "routed is first of 2 systems on 1 task: accuracy 0.800, 0.300 ahead of backbone" in page.words
+    assert "+0.300 (+0.200 to +0.400)" in page.words and "upper references" in page.words
+    assert page.words.index("accuracy") < page.words.index("nats")
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(name: str) -> None:
     source = run_page(
         {
-            "records": [record(name, 0.5, name, task=name)],
+            "scores": [record(name, 0.5, name, task=name)],
             name: {name: {name: name}},
             "x": [{name: name}],
             "composition": {"method": name},
@@ -78,10 +92,10 @@ def test_hostile_names_stay_text(name: str) -> None:
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ({}, "no records"),
-        ({"records": []}, "no records"),
-        ({"records": [{"system": "a"}]}, "record 0"),
-        ({"records": ["a"]}, "record 0"),
+        ({}, "no scores"),
+        ({"scores": []}, "no scores"),
+        ({"scores": [{"system": "a"}]}, "score 0"),
+        ({"scores": ["a"]}, "score 0"),
     ],
 )
 def test_refuses_what_is_no_evaluation(results: dict[str, Any], message: str) -> None:

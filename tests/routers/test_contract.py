@@ -88,6 +88,17 @@ def test_permuting_experts_permutes_scores(make: Callable[..., AbstractScores], 
 
 
 @every_scores
+def test_scores_stay_float32_in_a_narrow_model_and_under_autocast(
+    make: Callable[..., AbstractScores], x: Tensor
+) -> None:
+    scores = make(None)
+    expected = scores(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scores(x), expected)
+    assert torch.equal(scores.to(torch.bfloat16)(x), expected)
+
+
+@every_scores
 def test_tokens_are_scored_alone(make: Callable[..., AbstractScores], x: Tensor) -> None:
     torch.testing.assert_close(make(None)(x)[1, 2], make(None)(x[1, 2]))
 

@@ -139,3 +139,12 @@ def test_copies_and_pickles_have_no_memory_and_equal_scores():
 
 def test_a_gate_of_zeros_lets_half_through():
     assert (SigmoidGate(8)(random(2, 3, 8), Condition()).weights == 0.5).all()
+
+
+def test_a_sigmoid_gate_computes_in_float32_under_autocast() -> None:
+    draw = torch.Generator().manual_seed(0)
+    gate, x = SigmoidGate(32), torch.randn(5, 32, generator=draw)
+    gate.gate.data.normal_(generator=draw)
+    expected = gate(x, Condition()).weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gate(x, Condition()).weights, expected)

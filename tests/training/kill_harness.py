@@ -1,8 +1,8 @@
 """Run as a script: train in children that are killed with SIGKILL at random moments, resume them, and compare the end.
 
-`python kill_harness.py FOLDER KILLS` prints one JSON line for the sound writer and one for its naive twin: runs, kills, failed resumes, unequal ends. The
-naive twin writes its checkpoint over the last one, file after file, as many loops do. The disk is made slow for both, so
-that kills fall into writing.
+`python kill_harness.py FOLDER KILLS` prints one JSON line for the sound writer and one for its naive twin: runs,
+kills, failed resumes, unequal ends. The naive twin writes its checkpoint over the last one, file after file, as many
+loops do. The disk is made slow for both, so that kills fall into writing.
 """
 
 import json

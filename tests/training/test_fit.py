@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
+from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.methods.phatgoose.recipe import stages
 from mixwright.recipe import TrainConfig
 from mixwright.training.fit import fit
 from mixwright.training.stage import ParamGroup, Stage
@@ -131,13 +133,28 @@ def test_fit_leaves_modes_flags_and_the_global_random_state_as_they_were() -> No
     assert not model.training and not model.b.requires_grad and model.a.requires_grad and model.a.grad is None
 
 
-def test_precision_bf16_trains_and_leaves_float32_weights(
-    backbone: Callable[..., nn.Module], batches: Callable[..., Batches]
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_leaves_float32_weights(
+    precision: Any, backbone: Callable[..., nn.Module], batches: Callable[..., Batches]
 ) -> None:
     model = backbone("causal")
-    rule = Stage(name="all", groups=(ParamGroup(select=("*",), lr=1e-2),), steps=8, warmup=0.0)
-    fitted = fit(model, rule, batches("causal"), config=TrainConfig(precision="bf16"))
+    rule = Stage(name="all", groups=(ParamGroup(select=("*",), lr=1e-2),), steps=12, warmup=0.0)
+    fitted = fit(model, rule, batches("causal"), config=TrainConfig(precision=precision))
     assert fitted.losses[-1] < fitted.losses[0] and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_backbone_of_low_precision_is_trained_on_in_its_own(
+    backbone: Callable[..., nn.Module], batches: Callable[..., Batches], small: PhatgooseConfig
+) -> None:
+    low, trained = backbone("causal").bfloat16(), None
+    for stage in stages(small):
+        model = stage.build(low, 0, trained)
+        fitted = fit(model, stage, batches("causal"))
+        trained = stage.harvest(model)
+        model.remove()
+        assert torch.isfinite(torch.tensor(fitted.losses)).all()
+    assert {factor[0].dtype for factor in trained.factors.values()} == {torch.float32}
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

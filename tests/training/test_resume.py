@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixwright.data.batches import Batches
 from mixwright.methods.phatgoose.config import PhatgooseConfig
 from mixwright.methods.phatgoose.recipe import stages
 from mixwright.recipe import TrainConfig
@@ -24,10 +23,14 @@ class Cut(Exception):
     """The power goes."""
 
 
-def train(make: Make, batches: Make, config: PhatgooseConfig, folder: Path, cut: int | None = None, **options: Any) -> dict[str, Tensor]:
+def train(
+    make: Make, batches: Make, config: PhatgooseConfig, folder: Path, cut: int | None = None, **options: Any
+) -> dict[str, Tensor]:
     """Stage expert with dropout in the backbone and held-out choice; `cut` ends it inside that step."""
     stage, backbone = stages(config)[0], make("causal", attention_dropout=0.2)
-    rule = Stage(**{**{f: getattr(stage, f) for f in stage.__dataclass_fields__}, "choose_every": 2, **options.pop("rule", {})})
+    rule = Stage(
+        **{**{f: getattr(stage, f) for f in stage.__dataclass_fields__}, "choose_every": 2, **options.pop("rule", {})}
+    )
     passes: list[int] = []
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -42,7 +45,11 @@ def train(make: Make, batches: Make, config: PhatgooseConfig, folder: Path, cut:
     rule = Stage(**{**{f: getattr(rule, f) for f in rule.__dataclass_fields__}, "objective": objective})
     settings = TrainConfig(batch_size=2, checkpoint_every=2, log_every=1)
     fit(model, rule, batches("causal"), config=settings, folder=folder, validation=batches("causal"), **options)
-    return {name: tensor for site, (a, b, _) in rule.harvest(model).factors.items() for name, tensor in ((f"{site}.a", a), (f"{site}.b", b))}
+    return {
+        name: tensor
+        for site, (a, b, _) in rule.harvest(model).factors.items()
+        for name, tensor in ((f"{site}.a", a), (f"{site}.b", b))
+    }
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -123,9 +130,13 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_falls_back_to_the_one_before
         checkpoints(tmp_path).latest()
 
 
-def test_a_save_that_fails_leaves_the_earlier_ones_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_earlier_ones_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints(tmp_path).save(snapshot(1))
-    monkeypatch.setattr("mixwright.training.checkpoint.publish_folder", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(
+        "mixwright.training.checkpoint.publish_folder", lambda *_: (_ for _ in ()).throw(OSError("gone"))
+    )
     with pytest.raises(OSError, match="gone"):
         checkpoints(tmp_path).save(snapshot(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]

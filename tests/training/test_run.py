@@ -122,7 +122,9 @@ def test_dry_run_checks_and_counts_and_changes_nothing(tmp_path: Path) -> None:
     assert expert.sites[0] == "model.layers.0.self_attn.q_proj" and len(expert.sites) == 14
     assert all(size > 0 for size in expert.memory.values()) and report.examples == 6
     assert not report.stages and not (tmp_path / "run").exists()
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [path for path in before if path.is_file()]
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [
+        path for path in before if path.is_file()
+    ]
 
 
 def test_faults_of_a_recipe_are_named(tmp_path: Path) -> None:
@@ -143,5 +145,5 @@ def test_an_expert_that_is_there_is_not_trained_over(tmp_path: Path) -> None:
     train(recipe_for(tmp_path), stage="expert")
     with pytest.raises(ValueError, match="expert toy is in the catalogue .* train only a later stage"):
         train(recipe_for(tmp_path))
-    with pytest.raises(ValueError, match="not from this run"):
+    with pytest.raises(ValueError, match="already, from another run; choose another"):
         train(recipe_for(tmp_path, seed=1), resume=True)

@@ -18,7 +18,9 @@ class Net(nn.Module):
 
 
 def test_groups_select_by_glob_and_leave_the_rest() -> None:
-    chosen = select_parameters(Net(), [ParamGroup(select=("inner.*",), lr=1.0), ParamGroup(select=("head.bias",), lr=2.0)])
+    chosen = select_parameters(
+        Net(), [ParamGroup(select=("inner.*",), lr=1.0), ParamGroup(select=("head.bias",), lr=2.0)]
+    )
     assert [list(group) for group in chosen] == [["inner.weight", "inner.bias"], ["head.bias"]]
 
 
@@ -50,4 +52,6 @@ def test_muon_takes_hidden_matrices_and_adamw_everything_else_each_once() -> Non
     adamw, muon = make_optimizers(net, stage, select_parameters(net, stage.groups))
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     assert [id(p) for p in muon.param_groups[0]["params"]] == [id(net.inner.weight)]
-    assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in net.parameters()} - {id(net.inner.weight)}
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in net.parameters()} - {
+        id(net.inner.weight)
+    }

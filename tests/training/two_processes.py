@@ -21,7 +21,9 @@ def main(target: Path, accumulate: int) -> None:
     torch.set_num_threads(1)
     stage = stages(PhatgooseConfig(rank=4, alpha=4.0, expert_steps=5))[0]
     rows = tuple(Example("q" * (i + 1), target=c * (1 + i % 4)) for i, c in enumerate("abcdefgh"))
-    batches = make_batches(TextTask("t", "prompt", rows), byte_tokenizer(), "causal", batch_size=2, seed=0, max_length=16)
+    batches = make_batches(
+        TextTask("t", "prompt", rows), byte_tokenizer(), "causal", batch_size=2, seed=0, max_length=16
+    )
     model = stage.build(tiny_backbone("llama", attention_dropout=0.1), 0, None)
     config = TrainConfig(accumulate=accumulate, checkpoint_every=2)
     fitted = fit(model, stage, batches, config=config, folder=target.with_suffix(".run"), validation=batches)

@@ -1,6 +1,5 @@
 """What stands on the card of an expert that comes in, and whether it is for this backbone."""
 
-import os
 from datetime import UTC, datetime
 from typing import Any
 
@@ -84,10 +83,10 @@ def check_base(card: ExpertCard, binding: Binding | None, confirmed: bool) -> bo
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names can mean one model: equal, or, where one is a folder's path, equal in their last part."""
+    """Whether two names can mean one model: equal, or, where one may be a folder's path, equal in their last part."""
     if one.rstrip("/") == other.rstrip("/"):
         return True
-    local = any(name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.sep in name[:1] for name in (one, other))
+    local = any(name.startswith(("/", ".", "~")) or name.count("/") != 1 for name in (one, other))
     return local and one.rstrip("/").rsplit("/", 1)[-1] == other.rstrip("/").rsplit("/", 1)[-1]
 
 

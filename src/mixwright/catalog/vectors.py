@@ -1,7 +1,7 @@
 """The two files that may stand beside an adapter: a gate vector per site, and statistics of the backbone's activations.
 
 gate.safetensors has one float32 vector (d_in) per site under the site's path; signature.safetensors has float32 tensors
-under "<site>/mean", "<site>/variance" and "<site>/count".
+under "<site>/mean", "<site>/variance", "<site>/count" and, where its owner saved one, "<site>/factor" (rank, d_in).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from mixwright.catalog.header import Header, TensorEntry
 from mixwright.catalog.layout import SiteLayout
 from mixwright.catalog.refusal import Faults, quote
 
-STATISTICS = {"mean", "variance", "count"}
+STATISTICS = {"mean", "variance", "count", "factor"}
 
 
 def check_gates(header: Header, sites: Mapping[str, SiteLayout], where: str) -> None:
@@ -36,14 +36,23 @@ def check_signatures(header: Header, sites: Mapping[str, SiteLayout], where: str
     for name, entry in header.tensors.items():
         path, _, statistic = name.rpartition("/")
         if path not in sites or statistic not in STATISTICS:
-            faults.add("TENSOR", f"signature {quote(name)} is no mean, variance or count of a site of the adapter.")
+            faults.add(
+                "TENSOR", f"signature {quote(name)} is no mean, variance, count or factor of a site of the adapter."
+            )
             continue
         found.setdefault(path, set()).add(statistic)
-        _check(entry, () if statistic == "count" else (sites[path].d_in,), faults)
+        _check(entry, _shape(statistic, entry, sites[path].d_in), faults)
     for path, statistics in found.items():
         if not statistics >= {"mean", "variance"}:
             faults.add("INCOMPLETE", f"signature of {quote(path)} needs both mean and variance.")
     faults.check()
+
+
+def _shape(statistic: str, entry: TensorEntry, d_in: int) -> tuple[int, ...]:
+    if statistic == "factor":
+        rank = entry.shape[0] if entry.shape else 1
+        return (min(max(rank, 1), d_in), d_in)
+    return () if statistic == "count" else (d_in,)
 
 
 def _check(entry: TensorEntry, shape: tuple[int, ...], faults: Faults) -> None:

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -48,6 +47,7 @@ def doctor(
         "packages": {name: _version(name) for name in ("mixwright", *_CORE)},
         "extras": {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()},
         "torch": _torch(),
+        "paths": _paths(),
         "findings": _catalog(catalog) if catalog else None,
     }
     troubles = [
@@ -63,6 +63,8 @@ def doctor(
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:
@@ -80,9 +82,20 @@ def _torch() -> dict[str, Any] | None:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
+        "grouped_mm": hasattr(torch.nn.functional, "grouped_mm"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "bf16": torch.cuda.is_bf16_supported() if cuda else None,
     }
+
+
+def _paths() -> dict[str, str]:
+    """What dispatch picks at inference for a linear layer of 2048 x 2048, 36 experts of rank 16, two per token."""
+    from mixwright.ops.cost import cheaper_one_by_one
+
+    def path(tokens: int) -> str:
+        return "one by one" if cheaper_one_by_one(tokens, 2, experts=36, rank=16, width=4096) else "grouped by expert"
+
+    return {f"{tokens} tokens" if tokens > 1 else "1 token": path(tokens) for tokens in (1, 16, 512)}
 
 
 def _catalog(folder: str) -> list[dict[str, str]]:
@@ -100,5 +113,6 @@ def _print(report: dict[str, Any]) -> None:
     facts = [(key, report[key]) for key in ("python", "machine")]
     facts.append(("free disk here", f"{report['free_disk_gib']} GiB"))
     facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
+    facts += [(f"dispatch of {key}", value) for key, value in report["paths"].items()]
     print_table(("fact", "value"), facts)
     print("\n".join(report["troubles"]) or "No trouble found.")

@@ -11,6 +11,7 @@ from mixwright.cli.output import DryRun, Json, example, print_json, print_table
 
 if TYPE_CHECKING:
     from mixwright.catalog.card import ExpertCard
+    from mixwright.catalog.check import Finding
     from mixwright.catalog.store import Catalog
 
 Folder = Annotated[Path, typer.Argument(metavar="CATALOG", help="Folder of the catalogue.")]
@@ -83,12 +84,15 @@ def add(
 
 
 def show_all(catalog: Folder, as_json: Json = False) -> None:
-    """List every expert with its state."""
+    """List every expert with its state, what it was measured to gain (nats per token), and a verdict from that."""
+    from mixwright.catalog.curate import judge
+
     shelf = _open(catalog)
     states, cards = shelf.states(), shelf.cards(active=False)
+    verdicts = {one.expert: one.verdict for one in judge(cards)}
     if as_json:
         bound = shelf.backbone
-        listed = [{"state": states[card.id], **asdict(card)} for card in cards]
+        listed = [{"state": states[card.id], "verdict": verdicts[card.id], **asdict(card)} for card in cards]
         return print_json({"backbone": bound and asdict(bound), "experts": listed})
     rows = [
         (
@@ -96,15 +100,15 @@ def show_all(catalog: Folder, as_json: Json = False) -> None:
             states[card.id],
             "/".join(str(rank) for rank in sorted({site.rank for site in card.sites.values()})),
             len(card.sites),
-            card.has_gates,
-            card.has_signatures,
+            _routed_by(card),
             _gain(card),
+            verdicts[card.id],
             card.licence,
             card.task,
         )
         for card in cards
     ]
-    columns = ("expert", "state", "rank", "sites", "gates", "signatures", "gain", "licence", "task")
+    columns = ("expert", "state", "rank", "sites", "routed by", "gain", "verdict", "licence", "task")
     print_table(columns, rows, title=_title(shelf, len(cards)))
     return None
 
@@ -130,11 +134,16 @@ def check(
     backbone: BackboneOption = None,
     as_json: Json = False,
 ) -> None:
-    """Read every file again: hashes, contents, backbone, licence. Exit code 1 if an expert must not be used."""
+    """Read every file again: hashes, contents, backbone, licence. Exit code 1 if an expert must not be used.
+
+    With --backbone each expert is also run on it alone, and its output compared with what its factors say.
+    """
     shelf = _open(catalog)
     model = _backbone(backbone)
     findings = shelf.check(expert, backbone=model)
     checked = [expert] if expert else list(shelf.ids(active=False))
+    if model is not None:
+        findings += _tried_alone(shelf, checked, model, findings)
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
         print_json({"checked": checked, "findings": [asdict(finding) for finding in findings]})
@@ -233,6 +242,23 @@ def _backbone(name: str | None) -> Any:
     return load_backbone(name)
 
 
+def _tried_alone(shelf: "Catalog", experts: list[str], backbone: Any, known: "list[Finding]") -> "list[Finding]":
+    """What the self-check finds of the experts that have passed so far."""
+    from mixwright.catalog.check import Finding
+    from mixwright.composition.trial import try_alone
+    from mixwright.errors import CatalogError
+
+    found: list[Finding] = []
+    failed = {finding.expert for finding in known if finding.level == "error"}
+    for expert in experts:
+        try:
+            if expert not in failed:
+                try_alone(backbone, expert, shelf.expert(expert).factors)
+        except CatalogError as error:
+            found.append(Finding(expert=expert, level="error", code=error.code, message=error.message))
+    return found
+
+
 def _print_card(card: "ExpertCard", state: str) -> None:
     source = card.source.name + (f"@{card.source.revision[:12]}" if card.source.revision else "")
     targets = card.targets if isinstance(card.targets, str) else ", ".join(card.targets)
@@ -256,9 +282,15 @@ def _print_card(card: "ExpertCard", state: str) -> None:
     print_table((card.id, ""), facts)
 
 
+def _routed_by(card: "ExpertCard") -> str | None:
+    return " ".join(["gates"] * card.has_gates + ["signature"] * card.has_signatures) or None
+
+
 def _gain(card: "ExpertCard") -> object:
-    gain = card.quality.get("gain")
-    return gain.get("value") if isinstance(gain, dict) else gain
+    from mixwright.catalog.curate import measured
+
+    gain = measured(card, "gain")
+    return None if gain is None else gain[0]
 
 
 def _brief(value: object) -> str:

@@ -9,7 +9,7 @@ import typer
 from mixwright.cli.output import Json, console, example, print_json
 
 _EXAMPLE = (
-    "mixwright eval recipe.yaml --json > scores.json",
+    "mixwright eval composed --data held-out.jsonl --json > scores.json",
     "mixwright report scores.json --output scores.html",
     "wrote scores.html: open it in a browser",
 )

@@ -1,5 +1,6 @@
 """`train`: an expert out of a recipe, and its gate."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,15 +45,18 @@ def train(
 ) -> None:
     """Train an expert as a recipe says, stage after stage, and put it into the catalogue.
 
-    Rows of a JSONL file are prompt and completion, text, or text and label. A run that was cut off, however, loses at most
-    the steps since its last checkpoint (train.checkpoint_every); --resume goes on to the same weights.
+    Rows of a JSONL file are prompt and completion, text, or text and label. A run that was cut off, however, loses at
+    most the steps since its last checkpoint (train.checkpoint_every); --resume goes on to the same weights.
     """
     from mixwright.api import train as run
     from mixwright.recipe import read_recipe
 
-    report = run(
-        read_recipe(recipe, settings or ()), stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json
-    )
+    decoded = read_recipe(recipe, settings or ())
+    try:
+        report = run(decoded, stage=stage, resume=resume, force=force, dry_run=dry_run, quiet=as_json)
+    except KeyboardInterrupt as stopped:
+        print(f"mixwright: {stopped}", file=sys.stderr)  # typer keeps the exit code and drops the words
+        raise
     from mixwright.training.processes import process_state
 
     if not process_state().is_main_process:
@@ -90,7 +94,7 @@ def _show_plan(report: "TrainingReport") -> None:
     print_table(("stage", "steps", "examples/step", "sites", "trained numbers", *memory), rows)
     held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
     say = console().print
-    say(f"{report.kind} model; {report.examples} training examples{held_out}; longest of the first: {report.longest} tokens.")
+    say(f"{report.kind} model; {report.examples} examples{held_out}; longest of the first: {report.longest} tokens.")
     for plan in report.plans[:1]:
         say(f"sites: {', '.join(plan.sites[:4])}{', ...' if len(plan.sites) > 4 else ''}")
     say("The data was read and checked. Nothing was trained. Activations are measured on one example and scaled up.")

@@ -20,6 +20,8 @@ from mixwright.composition.surgery import freeze, install, uninstall
 from mixwright.experts.base import AbstractExperts
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.base import AbstractRouter
+from mixwright.routers.shared import share
+from mixwright.routers.token import TokenRouter
 from mixwright.routing import Condition, Routing
 
 
@@ -70,6 +72,8 @@ class ComposedModel(nn.Module):
         self._allowed: dict[str, Tensor] = {}
         for site, mixture in mixtures.items():
             mixture.stream, mixture.flat = self.probe.sites[site].stream, self.probe.sites[site].flat
+        for group in self.probe.groups():
+            share(router.scores for router in (mixtures[s].router for s in group) if isinstance(router, TokenRouter))
         install(backbone, mixtures, self.channel)
         self._hooks = [
             backbone.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True),

@@ -3,6 +3,7 @@
 Names do not tell any of that in a foreign model, and one forward pass does.
 """
 
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from mixwright.composition.inputs import example_inputs
 from mixwright.errors import IncompatibleExpert
-from mixwright.sites import fused_sites
+from mixwright.sites import fused_sites, target_sites
+
+_DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,32 @@ def probe(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any] |
     log = _run(backbone, sites, given, must=inputs is not None) if given is not None else None
     if log is None:
         return Probe({path: Seen(i, "decoder", i) for i, path in enumerate(sites)}, ran=False)
-    fused = fused_sites(backbone)
+    uncalled = _uncalled(backbone, sites, log)
+    if uncalled:
+        raise IncompatibleExpert(
+            "TARGET",
+            uncalled[0],
+            "the backbone has this layer but does not always call it in a forward pass (its owner reads the weight "
+            "itself, or skips it), so an expert here would do nothing. Leave this site out.",
+        )
+    seen = _seen(log, _stream_lengths(given or {}, log))
     for path in sites:
-        if path not in log.inputs or path in fused:
-            raise IncompatibleExpert(
-                "TARGET",
-                path,
-                "the backbone has this layer but does not always call it in a forward pass (its owner reads the "
-                "weight itself, or skips it), so an expert here would do nothing. Leave this site out.",
-            )
-    return Probe(_seen(log, _stream_lengths(given or {}, log)), ran=True)
+        seen.setdefault(path, Seen(len(seen), f"alone/{path}", -1 - len(seen)))
+    return Probe(seen, ran=True)
+
+
+def called_sites(backbone: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers that `patterns` name (see `sites.target_sites`), of `all-linear` only those that are called.
+
+    Layers that the backbone has and never calls are no fault of somebody who asked for all of them.
+    """
+    everything = target_sites(backbone, patterns)
+    named = [pattern for pattern in patterns if pattern != "all-linear"]
+    chosen = set(target_sites(backbone, named)) if named else set[str]()
+    given = example_inputs(backbone)
+    log = None if given is None else _run(backbone, everything, given, must=False)
+    dropped = () if log is None else _uncalled(backbone, everything, log)
+    return tuple(path for path in everything if path in chosen or path not in dropped)
 
 
 def refuse_tied(backbone: nn.Module, sites: Sequence[str]) -> None:
@@ -117,6 +136,13 @@ def _run(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any], *
                 raise
             return None  # a foreign model whose inputs we guessed wrongly
     return log
+
+
+def _uncalled(backbone: nn.Module, sites: Sequence[str], log: _Log) -> tuple[str, ...]:
+    """Sites that no pass will call. One of many like parts that ran, such as an idle expert of a sparse layer, may."""
+    alive = {_DIGITS.sub("#", path) for path in log.inputs}
+    fused = fused_sites(backbone)
+    return tuple(path for path in sites if path in fused or _DIGITS.sub("#", path) not in alive)
 
 
 def _recorder(path: str, log: _Log) -> Any:

@@ -7,7 +7,7 @@ are compared, at every site and through the whole model.
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ _TOKENS = 2
 _AT_ONCE = 64
 
 
+@runtime_checkable
 class Factors(Protocol):
     """One expert at one site, as the catalogue holds it: `down` (rank, d_in), `up` (d_out, rank), `scale`."""
 

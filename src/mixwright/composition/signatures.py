@@ -22,13 +22,16 @@ from mixwright.sites import linear_sites
 
 RANK = 16
 _SPARE = 4
+_LEAST = 64
 
 
 class Moments:
-    """Mean, variance and the strongest directions of the covariance of rows that come bit by bit, in float64.
+    """Mean, variance and the strongest directions of the covariance of rows that come bit by bit.
 
-    Mean and variance by Chan, Golub and LeVeque 1983, exact up to rounding; the directions by the incremental SVD of
-    Ross et al. 2008 with four times `rank` rows kept, exact for data of that rank. `rank` 0 keeps no directions.
+    Mean and variance by Chan, Golub and LeVeque 1983 in float64, exact up to rounding. The directions by a sketch
+    C Omega of the covariance C with max(64, 4 * rank) fixed random columns Omega, of which Nystroem's approximation is
+    taken at the end (Tropp et al. 2017, algorithm 3): two thin products for each block of rows, exact for up to 64
+    features and for data of no higher rank than Omega's. `rank` 0 keeps no directions.
     """
 
     def __init__(self, d_in: int, rank: int, device: torch.device) -> None:
@@ -36,23 +39,24 @@ class Moments:
         self.rank = min(rank, d_in)
         self.count = 0
         self.mean = torch.zeros(d_in, dtype=torch.float64, device=place)
-        self.squares = torch.zeros(d_in, dtype=torch.float64, device=place)
-        self.sketch = torch.zeros((0, d_in), dtype=torch.float64, device=place)
+        self.squares = torch.zeros_like(self.mean)
+        self.anchor = torch.zeros_like(self.mean)
+        columns = min(d_in, max(_LEAST, _SPARE * self.rank)) if self.rank else 0
+        draw = torch.randn(d_in, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.columns = torch.linalg.qr(draw).Q.to(place)
+        self.sketch = torch.zeros_like(self.columns)
 
     def add(self, rows: Float[Tensor, "tokens d_in"]) -> None:
         """Count these rows in."""
-        for block in rows.to(self.mean.device, torch.float64).split(max(64, _SPARE * _SPARE * self.rank)):
-            self._add(block)
-
-    def _add(self, block: Tensor) -> None:
-        new = len(block)
-        mean = block.mean(0)
-        centred, shift = block - mean, mean - self.mean
-        lever = self.count * new / (self.count + new)
+        rows, new = rows.to(self.mean.device, torch.float64), len(rows)
+        mean = rows.mean(0)
+        if not self.count:
+            self.anchor = mean
         if self.rank:
-            stacked = torch.cat([self.sketch, centred, lever**0.5 * shift[None]])
-            self.sketch = _strongest(stacked, _SPARE * self.rank)
-        self.squares += (centred**2).sum(0) + lever * shift**2
+            near = (rows - self.anchor).float()  # small numbers: float32 will do for the directions
+            self.sketch += (near.T @ (near @ self.columns.float())).double()
+        shift = mean - self.mean
+        self.squares += ((rows - mean) ** 2).sum(0) + (self.count * new / (self.count + new)) * shift**2
         self.mean += shift * (new / (self.count + new))
         self.count += new
 
@@ -60,21 +64,21 @@ class Moments:
         """`mean`, `variance`, `count`, and `factor` (rank, d_in) where directions were kept; float32, on the CPU."""
         found = {"mean": self.mean, "variance": self.squares / max(1, self.count)}
         if self.rank:
-            factor = _strongest(self.sketch, self.rank) / max(1, self.count) ** 0.5
-            found["factor"] = nn.functional.pad(factor, (0, 0, 0, self.rank - len(factor)))
+            found["factor"] = self._factor()
         found["count"] = torch.tensor(float(self.count))
         return {name: value.float().cpu() for name, value in found.items()}
 
-
-def _strongest(rows: Float[Tensor, "rows d_in"], keep: int) -> Float[Tensor, "kept d_in"]:
-    """The `keep` strongest rows of S V^T of `rows`: what stays of rows^T rows when the weakest directions go."""
-    if len(rows) <= keep:
-        return rows
-    if len(rows) <= rows.shape[1]:
-        values, left = torch.linalg.eigh(rows @ rows.T)
-        return (left.T @ rows).flip(0)[:keep]
-    values, right = torch.linalg.eigh(rows.T @ rows)
-    return (values.clamp_min(0.0).sqrt()[:, None] * right.T).flip(0)[:keep]
+    def _factor(self) -> Float[Tensor, "rank d_in"]:
+        moved = self.mean - self.anchor
+        sketch = self.sketch / max(1, self.count) - torch.outer(moved, moved @ self.columns)
+        nudge = 1e-7 * torch.linalg.matrix_norm(sketch) + torch.finfo(torch.float32).tiny
+        sketch = sketch + nudge * self.columns
+        core = self.columns.T @ sketch
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        half = sketch @ (vectors * values.clamp_min(nudge).rsqrt())
+        left, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        strength = (singular**2 - nudge).clamp_min(0.0).sqrt()
+        return (left * strength).T[: self.rank]
 
 
 def collect_signatures(
@@ -88,10 +92,11 @@ def collect_signatures(
 
     Counted are the real tokens: those of the attention masks, and, for an encoder-decoder that is given `labels` but
     no mask for them, the ones that are not -100. `model` is a backbone, or a composed model in whatever state the
-    caller put it: `with model.disabled()` gives the backbone's activations (a signature), `with model.only(expert)` the ones that
-    average-activation routing asks for. For a decoder's own answers, generate them first and pass them here in full.
-    `sites` default to a composed model's, or to every linear layer that runs. `rank` directions of the covariance are
-    kept, 0 for none; sites that read the same tensor share one computation. Raises ValueError where nothing was counted.
+    caller put it: `with model.disabled()` gives the backbone's activations (a signature), `with model.only(expert)` the
+    ones that average-activation routing asks for. For a decoder's own answers, generate them first and pass them here
+    in full. `sites` default to a composed model's, or to every linear layer that runs. `rank` directions of the
+    covariance are kept, 0 for none; sites that read the same tensor share one computation. Raises ValueError where
+    nothing was counted.
     """
     composed = isinstance(model, ComposedModel)
     backbone = model.backbone if composed else model

@@ -76,11 +76,15 @@ def make_batches(
                 f"{task.name}: plain text trains causal models only, and this one is {kind}; "
                 "give prompt/completion" + (" or text/label." if kind == "seq2seq" else " as text/label.")
             )
-        examples = pack([tokenizer(example.text)["input_ids"] for example in examples], tokenizer.eos_token_id, max_length)
+        examples = pack(
+            [tokenizer(example.text)["input_ids"] for example in examples], tokenizer.eos_token_id, max_length
+        )
         collate: Callable[[Sequence[Any]], Batch] = Packed(tokenizer)
     elif kind == "encoder":
         if task.format != "label":
-            raise ValueError(f"{task.name}: a sentence encoder learns from text/label rows, and these are prompt/completion.")
+            raise ValueError(
+                f"{task.name}: a sentence encoder learns from text/label rows, and these are prompt/completion."
+            )
         collate = Labelled(tokenizer, task.labels, max_length)
     elif kind == "causal":
         collate = Prompted(tokenizer, task.labels, max_length, max_target_length)

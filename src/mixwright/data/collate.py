@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
     pad_token_id: int | None
     eos_token_id: int | None
 
-    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
+    def __call__(self, text: Any = None, **kwargs: Any) -> Mapping[str, Any]:
         """`input_ids` of the text."""
         ...
 
@@ -53,6 +53,7 @@ class Packed:
     tokenizer: Tokenizer
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """The batch of these rows."""
         return _causal([(list(row), 1) for row in rows], self.tokenizer)
 
 
@@ -66,6 +67,7 @@ class Prompted:
     max_target_length: int | None
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
+        """The batch of these examples."""
         prompts = [example.text if example.label is None else f"{example.text}\n" for example in rows]
         starts = self.tokenizer(prompts)["input_ids"]
         ends = self.tokenizer([_target(e, self.labels) for e in rows], add_special_tokens=False)["input_ids"]
@@ -73,7 +75,7 @@ class Prompted:
         return _causal(joined, self.tokenizer, tuple(example.where for example in rows))
 
     def _join(self, start: Sequence[int], end: Sequence[int]) -> tuple[list[int], int]:
-        """Token ids, and the position of the first that counts. The completion stays; the prompt loses its beginning."""
+        """Token ids, and the place of the first that counts. The completion stays; the prompt loses its beginning."""
         eos = self.tokenizer.eos_token_id
         prompt = list(start[:-1] if start and start[-1] == eos else start)
         room = min(self.max_target_length or self.max_length - 1, self.max_length - 1)
@@ -92,9 +94,12 @@ class Paired:
     max_target_length: int
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
+        """The batch of these examples."""
         inputs = _inputs(self.tokenizer, [example.text for example in rows], self.max_length)
         wanted = self.tokenizer(
-            text_target=[_target(example, self.labels) for example in rows], truncation=True, max_length=self.max_target_length
+            text_target=[_target(example, self.labels) for example in rows],
+            truncation=True,
+            max_length=self.max_target_length,
         )["input_ids"]
         targets = _pad(wanted, IGNORED)
         return Batch("seq2seq", inputs, targets, int((targets != IGNORED).sum()), where=tuple(e.where for e in rows))
@@ -109,6 +114,7 @@ class Labelled:
         self.label_inputs = _inputs(tokenizer, labels, max_length)
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
+        """The batch of these examples."""
         inputs = _inputs(self.tokenizer, [example.text for example in rows], self.max_length)
         targets = torch.tensor([-1 if example.label is None else example.label for example in rows])
         return Batch("encoder", inputs, targets, len(rows), self.label_inputs, tuple(example.where for example in rows))
@@ -122,7 +128,9 @@ def _causal(rows: Sequence[tuple[list[int], int]], tokenizer: Tokenizer, where: 
     ids = _pad([row for row, _ in rows], _pad_id(tokenizer))
     mask = _pad([[1] * len(row) for row, _ in rows], 0)
     targets = _pad([_next_tokens(row, first) for row, first in rows], IGNORED)
-    return Batch("causal", {"input_ids": ids, "attention_mask": mask}, targets, int((targets != IGNORED).sum()), where=where)
+    return Batch(
+        "causal", {"input_ids": ids, "attention_mask": mask}, targets, int((targets != IGNORED).sum()), where=where
+    )
 
 
 def _next_tokens(row: list[int], first: int) -> list[int]:

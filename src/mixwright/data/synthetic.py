@@ -1,9 +1,9 @@
-"""Synthetic tasks that need no download: substitution ciphers over small alphabets, made to set routers different exams.
+"""Synthetic tasks that need no download: substitution ciphers over small alphabets, three exams for routers.
 
-A backbone that copies its input knows no cipher; an expert learns some. Three suites ask three questions. In `exclusive`
-every expert knows the cipher of its own alphabet only, so experts exclude each other. `mixing` has the same experts, but
-one input draws on several alphabets, in blocks or interleaved. In `overlapping` every expert knows three ciphers, shared
-with its neighbours, and the test wears a template that no expert has seen.
+A backbone that copies its input knows no cipher; an expert learns some. In `exclusive` every expert knows the cipher of
+its own alphabet only, so experts exclude each other. `mixing` has the same experts, but one input draws on several
+alphabets, in blocks or interleaved. In `overlapping` every expert knows three ciphers, shared with its neighbours, and
+the test wears a template that no expert has seen.
 """
 
 from dataclasses import dataclass
@@ -82,9 +82,9 @@ class Examples:
 class CipherTask:
     """Inputs of `alphabets` under a `template`, to be enciphered (or copied).
 
-    Each row draws `mix` distinct alphabets from `alphabets`; they take turns symbol by symbol if `interleaved`, else one
-    block each. `mix=0` draws an alphabet afresh for every symbol. `template`: the two leading tokens, or None for two at
-    random.
+    Each row draws `mix` distinct alphabets from `alphabets`; they take turns symbol by symbol if `interleaved`, else
+    one block each. `mix=0` draws an alphabet afresh for every symbol. `template`: the two leading tokens, or None for
+    two at random.
     """
 
     name: str
@@ -150,7 +150,7 @@ def mixing(language: Language) -> Suite:
 
 
 def overlapping(language: Language) -> Suite:
-    """Expert z knows ciphers z, z+1, z+2 under its own template; a test needs two neighbours, under an unseen template."""
+    """Expert z knows ciphers z, z+1, z+2 under its own template; a test needs two neighbours, under an unseen one."""
     count = language.alphabets
     if language.templates < 2 * count:
         raise ValueError(f"{count} experts and as many tests need {2 * count} templates, not {language.templates}.")

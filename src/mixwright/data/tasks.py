@@ -10,7 +10,11 @@ from mixwright.errors import MissingExtra
 
 Format = Literal["prompt", "text", "label"]
 Row = tuple[str, Mapping[str, Any]]
-KEYS: Mapping[Format, tuple[str, ...]] = {"prompt": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}
+KEYS: Mapping[Format, tuple[str, ...]] = {
+    "prompt": ("prompt", "completion"),
+    "label": ("text", "label"),
+    "text": ("text",),
+}
 SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "valid", "dev"),
@@ -87,8 +91,15 @@ def _rows(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
         return [(str(path), {"text": path.read_text(encoding="utf-8")})], ()
     if path.is_file():
         return _lines(path), ()
-    if path.suffix in {".jsonl", ".json", ".txt"} or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise ValueError(f"{source}: no such file; give a .jsonl or .txt file, a folder with {split}.jsonl, or a hub id.")
+    if (
+        path.suffix in {".jsonl", ".json", ".txt"}
+        or path.is_absolute()
+        or source.startswith(".")
+        or source.count("/") > 1
+    ):
+        raise ValueError(
+            f"{source}: no such file; give a .jsonl or .txt file, a folder with {split}.jsonl, or a hub id."
+        )
     return _hub(source, split)
 
 
@@ -184,9 +195,11 @@ def _with_labels(task: TextTask, given: Sequence[int | str | None], names: tuple
         if len(texts) < 1 or not all(isinstance(label, str) for label in given):
             first = task.examples[0].where
             raise ValueError(f"{first}: labels are numbers, and nothing names them; give data.labels or a task.json.")
-        names = tuple(sorted(cast(set[str], texts)))
+        names = tuple(sorted(texts))
     if len(set(names)) < len(names) or len(names) < 2:
-        raise ValueError(f"{task.name}: {len(names)} labels, {len(set(names))} of them different; expected two or more.")
+        raise ValueError(
+            f"{task.name}: {len(names)} labels, {len(set(names))} of them different; expected two or more."
+        )
     numbers = [_label_number(label, names, example.where) for label, example in zip(given, task.examples, strict=True)]
     examples = tuple(replace(example, label=n) for example, n in zip(task.examples, numbers, strict=True))
     return replace(task, examples=examples, labels=names)

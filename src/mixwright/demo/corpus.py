@@ -92,7 +92,9 @@ def digest(domains: Iterable[Domain]) -> str:
 def _places(source: Source) -> tuple[Path, ...]:
     paths = sysconfig.get_paths()
     if source is BASE:
-        return tuple(Path(paths["stdlib"]) / part for part in ("", "asyncio", "email", "json", "pydoc_data", "unittest"))
+        return tuple(
+            Path(paths["stdlib"]) / part for part in ("", "asyncio", "email", "json", "pydoc_data", "unittest")
+        )
     return tuple(dict.fromkeys(Path(paths[key]) for key in ("purelib", "platlib")))
 
 

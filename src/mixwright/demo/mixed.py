@@ -28,7 +28,9 @@ class MixedDocuments:
     def task(self) -> TokenTask:
         """Predict every next token."""
         inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
-        batch = Batch("causal", {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, targets, targets.numel())
+        batch = Batch(
+            "causal", {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, targets, targets.numel()
+        )
         return TokenTask("mixed documents", [batch])
 
     def oracle(self, num_experts: int) -> System:

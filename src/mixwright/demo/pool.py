@@ -58,7 +58,7 @@ class Folders:
 
 
 def write_recipe(folders: Folders, domain: Domain) -> Path:
-    """The domain's text as JSONL and the recipe of its expert; paths in it are absolute, so that it can be run again."""
+    """The domain's text as JSONL and the recipe of its expert; its paths are absolute, so that it runs anywhere."""
     texts = folders.root / "text" / f"{domain.name}.jsonl"
     texts.parent.mkdir(parents=True, exist_ok=True)
     texts.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in domain.train), encoding="utf-8")

@@ -4,7 +4,7 @@ Average activation (PHATGOOSE's baseline) is such a mean with the expert itself 
 decoder's sites, on its own greedy output: every decoding step counts. The released code keeps the last step only.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import IGNORED, Batch
+from mixwright.evaluation.eval_mode import eval_mode
 
 
 @dataclass
@@ -33,15 +34,16 @@ class Moments:
     def empty(cls, d_in: int, device: torch.device, *, paired: bool = False) -> "Moments":
         """Nothing seen yet."""
         shape = (d_in, d_in) if paired else (d_in,)
-        options = {"dtype": torch.float64, "device": device}
-        return cls(0.0, torch.zeros(d_in, **options), torch.zeros(shape, **options))
+        zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+        return cls(0.0, torch.zeros(d_in, dtype=torch.float64, device=device), zeros)
 
     def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
         """Some more tokens."""
         wide = x.double()
         self.count += len(wide)
         self.total = self.total + wide.sum(0)
-        self.squares = self.squares + (wide.T @ wide if self.squares.dim() == 2 else wide.square().sum(0))
+        # products of pairs in float32, whose error is far below that of estimating a covariance from a sample
+        self.squares = self.squares + ((x.T @ x).double() if self.squares.dim() == 2 else wide.square().sum(0))
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
@@ -59,10 +61,20 @@ class Moments:
         variance = (square / count - mean.square()).clamp_min(0.0)
         found = {"mean": mean.float(), "variance": variance.float(), "count": torch.tensor(self.count)}
         if rank > 0:
-            size, axes = torch.linalg.eigh(self.squares / count - torch.outer(mean, mean))
-            strongest = (axes[:, -rank:] * size[-rank:].clamp_min(0.0).sqrt()).T.flip(0)
-            found["factor"] = strongest.float().contiguous()
+            found["factor"] = _strongest(self.squares / count - torch.outer(mean, mean), rank).float()
         return found
+
+
+def _strongest(covariance: Float[Tensor, "d_in d_in"], rank: int) -> Float[Tensor, "rank d_in"]:
+    """The strongest principal directions, each times its standard deviation: subspace iteration, always the same."""
+    width = min(rank + 8, covariance.shape[0])
+    start = torch.randn(covariance.shape[0], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(start.to(covariance.device)).Q
+    for _ in range(8):
+        basis = torch.linalg.qr(covariance @ basis).Q
+    size, axes = torch.linalg.eigh(basis.T @ covariance @ basis)
+    found = (basis @ axes * size.clamp_min(0.0).sqrt()).T.flip(0)
+    return found[:rank].contiguous()
 
 
 def moments(model: ComposedModel, batches: Sequence[Batch], *, paired: bool = False) -> dict[str, Moments]:
@@ -73,7 +85,7 @@ def moments(model: ComposedModel, batches: Sequence[Batch], *, paired: bool = Fa
     """
     streams = model.probe.streams()
     found: dict[str, Moments] = {}
-    with torch.no_grad():
+    with eval_mode(model):
         for batch in batches:
             masks = _stream_masks(batch)
             with _watching(model, found, streams, masks, paired):
@@ -99,19 +111,21 @@ def average_activations(model: ComposedModel, examples: Sequence[Sequence[Batch]
 def greedy(model: ComposedModel, batch: Batch) -> Batch:
     """The batch with the model's own greedy output in place of its targets, as long as the longest target at most."""
     steps = int((batch.targets != IGNORED).sum(-1).max())
-    with torch.no_grad():
+    with eval_mode(model):
         if batch.kind == "seq2seq":
-            written = model.generate(**batch.inputs, max_new_tokens=steps, do_sample=False)[:, 1:]
+            inputs: dict[str, Any] = dict(batch.inputs)
+            written = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, 1:]
             return replace(batch, targets=_until_end(written, _end(model)))
         prompts = _left_padded_prompts(batch, _pad(model))
         written = model.generate(**prompts, max_new_tokens=steps, do_sample=False)
     return _continued(batch, prompts, written, _end(model), _pad(model))
 
 
-def _left_padded_prompts(batch: Batch, pad: int) -> dict[str, Tensor]:
+def _left_padded_prompts(batch: Batch, pad: int) -> dict[str, Any]:
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
     counted = batch.targets != IGNORED
-    prompts = [row[keep & (here.long().cumsum(-1) - here.long() == 0)] for row, keep, here in zip(ids, mask, counted, strict=True)]
+    before = counted.long().cumsum(-1) - counted.long() == 0
+    prompts = [row[keep] for row, keep in zip(ids, mask & before, strict=True)]
     width = max(len(prompt) for prompt in prompts)
     out = ids.new_full((len(prompts), width), pad)
     real = torch.zeros_like(out)
@@ -177,7 +191,7 @@ def _watching(
     streams: Mapping[str, str],
     masks: Mapping[str, Tensor],
     paired: bool,
-) -> Iterator[None]:
+) -> Generator[None]:
     with ExitStack() as hooks:
         for site, mixture in model.mixtures.items():
             hook = _recorder(site, found, masks.get(streams[site]), paired)

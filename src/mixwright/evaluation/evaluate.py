@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from mixwright.composition.model import ComposedModel
+from mixwright.evaluation.eval_mode import eval_mode
 from mixwright.evaluation.scores import AbstractTask
 from mixwright.evaluation.systems import System
 from mixwright.evaluation.table import Scores, Table
@@ -23,18 +22,13 @@ def evaluate(
     `progress` is called with the system's and the task's name before each is measured.
     """
     table = Table()
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for system in systems:
-                with system.enter(model):
-                    for task in tasks:
-                        if progress is not None:
-                            progress(system.name, task.name)
-                        scores = task.score(model, lambda batch, s=system: s.condition(model, batch))
-                        for metric, values in scores.items():
-                            table.add(Scores(system.name, task.name, metric, values, seed))
-    finally:
-        model.train(training)
+    with eval_mode(model):
+        for system in systems:
+            with system.enter(model):
+                for task in tasks:
+                    if progress is not None:
+                        progress(system.name, task.name)
+                    scores = task.score(model, lambda batch, s=system: s.condition(model, batch))
+                    for metric, values in scores.items():
+                        table.add(Scores(system.name, task.name, metric, values, seed))
     return table

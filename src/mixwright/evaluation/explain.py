@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixwright.catalog.card import RESERVED
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
 from mixwright.evaluation.reading import Stream, inputs_of, read
@@ -131,9 +132,11 @@ def explain(
 @contextmanager
 def leaving_out(model: ComposedModel, expert: str) -> Generator[None]:
     """Inside the block no router can choose `expert`: its score is masked before the choice, as if it was not in the
-    pool. Raises ValueError where a router weighs all experts without choosing."""
+    pool. Raises ValueError for the null expert, and where a router weighs all experts without choosing."""
     before = model.active
     model.index(expert)
+    if expert == RESERVED:
+        raise ValueError(f"{expert!r} is the choice of no expert at all and can't be left out; name an expert.")
     try:
         model.set_active([other for other in before if other != expert])
         yield
@@ -163,7 +166,7 @@ def _most_frequent(model: ComposedModel, leaders: Sequence[int | None]) -> str |
     """The expert that leads most tokens; None where nobody leads, or where routers weigh all experts at once."""
     if any(not hasattr(mixture.router, "allowed") for mixture in model.mixtures.values()):
         return None
-    counts = [leaders.count(expert) for expert in range(len(model.experts))]
+    counts = [leaders.count(place) * (expert != RESERVED) for place, expert in enumerate(model.experts)]
     return model.experts[counts.index(max(counts))] if any(counts) else None
 
 

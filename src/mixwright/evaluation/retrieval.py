@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.evaluation.embedding import mean_pool
+from mixwright.evaluation.eval_mode import eval_mode
 
 Embedding = Callable[[ComposedModel, Batch], Float[Tensor, "batch width"]]
 """A text's embedding, of length 1; it must not look at the target."""
@@ -27,7 +28,7 @@ class Library:
 
 def build_library(model: ComposedModel, examples: Sequence[Sequence[Batch]], embedding: Embedding) -> Library:
     """From batches of training examples of each expert, in the order of the pool."""
-    with torch.no_grad():
+    with eval_mode(model):
         each = [torch.cat([embedding(model, batch) for batch in batches]) for batches in examples]
     owner = torch.cat([torch.full((len(rows),), at, device=rows.device) for at, rows in enumerate(each)])
     return Library(torch.cat(each), owner, embedding)
@@ -35,7 +36,7 @@ def build_library(model: ComposedModel, examples: Sequence[Sequence[Batch]], emb
 
 def nearest_expert(model: ComposedModel, library: Library, batch: Batch) -> Int[Tensor, " batch"]:
     """The owner of the nearest training example by cosine, for each row; the first of equals."""
-    with torch.no_grad():
+    with eval_mode(model):
         texts = library.embedding(model, batch)
     return library.owner[torch.einsum("bw,ew->be", texts, library.rows).argmax(-1)]
 
@@ -43,7 +44,7 @@ def nearest_expert(model: ComposedModel, library: Library, batch: Batch) -> Int[
 def mean_state(model: ComposedModel, batch: Batch) -> Float[Tensor, "batch width"]:
     """The backbone's own last hidden state, averaged over the tokens of the input, of length 1.
 
-    Of a decoder: over the prompt alone, the tokens before the first target; of an encoder-decoder: the encoder's states.
+    Of a decoder: over the prompt alone, the tokens before the first target; of an encoder-decoder: the encoder's.
     """
     with model.disabled():
         if batch.kind == "seq2seq":

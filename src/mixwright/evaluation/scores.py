@@ -148,7 +148,8 @@ class LabelTask(AbstractTask):
 
 
 def _embedded(model: ComposedModel, inputs: Mapping[str, Tensor], condition: Condition | None) -> Tensor:
-    return embed(lambda **kwargs: model(**kwargs, condition=condition), inputs)
+    with model.under(condition):
+        return embed(model, inputs)
 
 
 @dataclass(frozen=True)

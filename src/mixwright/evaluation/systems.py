@@ -58,12 +58,12 @@ def single_experts(model: ComposedModel) -> list[System]:
     return [System(name, lambda m, n=name: m.only(n)) for at, name in enumerate(model.experts) if at in members(model)]
 
 
-def merged(model: ComposedModel) -> System:
-    """Merged experts: W + (1/E) sum_e s_e B_e A_e, the mean of the products."""
+def merged(model: ComposedModel, weight: float | None = None, name: str = "merged product") -> System:
+    """Merged experts: W + w sum_e s_e B_e A_e; without a `weight` w = 1/E, the mean of the products."""
     acting = members(model)
     weights = torch.zeros(len(model.experts))
-    weights[acting] = 1.0 / len(acting)
-    return rerouted("merged product", {site: ConstantRouter(weights) for site in model.mixtures})
+    weights[acting] = 1.0 / len(acting) if weight is None else weight
+    return rerouted(name, {site: ConstantRouter(weights) for site in model.mixtures})
 
 
 def parameter_average(model: ComposedModel) -> System:
@@ -112,7 +112,7 @@ def scored(
     offset: Float[Tensor, " experts"] | None = None,
     experts: Mapping[str, LoraExperts] | None = None,
 ) -> System:
-    """The best `top_k` by other scores, among the model's experts or others; who does not adapt a site is masked there."""
+    """The best `top_k` by other scores, of the model's experts or others; who does not adapt a site is masked there."""
     options = vars(sharing or Sharing())
     pool = dict(experts or lora(model))
     routers: dict[str, AbstractRouter] = {}

@@ -1,6 +1,6 @@
 """One table of systems against tasks: values with intervals, differences that are paired, JSON, markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,8 +137,7 @@ class Table:
         columns = ["system", f"mean {metric}", "95 %", *([f"minus {reference}", "95 %"] if gaps else []), *self.tasks]
         order = sorted(means, key=lambda system: means[system].value, reverse=metric not in LOWER_IS_BETTER)
         return columns, [
-            [system, f"{means[system].value:.3f}", _span(means[system]), *_gap(gaps.get(system)), *self._each(system, metric)]
-            for system in order
+            [system, *_shown(means[system], gaps.get(system)), *self._each(system, metric)] for system in order
         ]
 
     def _each(self, system: str, metric: str) -> list[str]:
@@ -146,20 +145,12 @@ class Table:
         return ["-" if value is None else f"{value:.3f}" for value in by_task]
 
 
-def _span(found: Interval) -> str:
-    return f"{found.low:.3f} .. {found.high:.3f}"
-
-
-def _gap(found: Interval | None) -> list[str]:
-    return [] if found is None else [f"{found.value:+.3f}", f"{found.low:+.3f} .. {found.high:+.3f}"]
+def _shown(mean: Interval, gap: Interval | None) -> list[str]:
+    shown = [f"{mean.value:.3f}", f"{mean.low:.3f} .. {mean.high:.3f}"]
+    return shown if gap is None else [*shown, f"{gap.value:+.3f}", f"{gap.low:+.3f} .. {gap.high:+.3f}"]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def merged_runs(tables: Mapping[int, Table]) -> Table:
-    """The tables of several seeds as one."""
-    return Table([Scores(s.system, s.task, s.metric, s.values, seed) for seed, t in tables.items() for s in t.scores])

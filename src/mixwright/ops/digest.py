@@ -20,7 +20,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sample(values: Tensor):  # noqa: ANN202  (numpy array)
+def _sample(values: Tensor):
     flat = values.reshape(-1)
     step = max(1, flat.numel() // _SAMPLES)
     return flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mixwright.evaluation.explain import Explanation
 from mixwright.report.markup import escape, table, tag
 from mixwright.report.palette import Look
+from mixwright.report.prominence import LISTED
 from mixwright.report.svg import Segment, sparkline, stacked_bars
 
 
@@ -15,17 +16,18 @@ def depth_section(
     names = short_depths(explanation.depths)
     place = {expert: number for number, expert in enumerate(explanation.experts)}
 
-    def chart(rows_of: Sequence[Sequence[float]], full: float, unit: str, title: str) -> str:
-        rows = [
-            (
-                name,
-                [
-                    Segment(row[place[e]], styles[e], drawn[e].label, f"{e}, {depth}: {_amount(row[place[e]], unit)}")
-                    for e in order
-                ],
-            )
-            for name, depth, row in zip(names, explanation.depths, rows_of, strict=True)
+    def segments(row: Sequence[float], depth: str, unit: str) -> list[Segment]:
+        listed = [
+            Segment(row[place[e]], styles[e], drawn[e].label, f"{e}, {depth}: {_amount(row[place[e]], unit)}")
+            for e in order[:LISTED]
         ]
+        rest = sum(row) - sum(segment.length for segment in listed)
+        others = f"{len(order) - LISTED} others, {depth}: {_amount(rest, unit)}"
+        return listed if len(order) <= LISTED else [*listed, Segment(rest, "none", "", others)]
+
+    def chart(values: Sequence[Sequence[float]], full: float, unit: str, title: str) -> str:
+        depths = zip(names, explanation.depths, values, strict=True)
+        rows = [(name, segments(row, depth, unit)) for name, depth, row in depths]
         return tag("figure", tag("figcaption", escape(title)), stacked_bars(rows, full, title))
 
     most = max((sum(row) for row in explanation.contribution_by_depth), default=0.0)
@@ -35,7 +37,7 @@ def depth_section(
         tag("h2", "Experts by depth"),
         tag(
             "p",
-            "Left, how much say the router gave each expert. Right, how far each expert moved the layer: "
+            "First, how much say the router gave each expert; then, how far each expert moved the layer: "
             "an expert can have the say and do little with it.",
             class_="note",
         ),

@@ -6,12 +6,11 @@ from mixwright.evaluation.explain import Explanation
 from mixwright.report.depth_view import contribution_section, depth_section
 from mixwright.report.markup import document, escape, table, tag
 from mixwright.report.palette import Look, looks, neutral, palette_rules
-from mixwright.report.prominence import by_prominence
+from mixwright.report.prominence import LISTED, by_prominence
 from mixwright.report.provenance import provenance
 from mixwright.report.svg import Dot, dots
 from mixwright.report.text_view import text_view
 
-_LISTED = 12
 VIEWS = (("lead", "Leading expert"), ("gain", "What the experts save"), ("without", "What {} saves"))
 
 
@@ -75,7 +74,7 @@ def _worth(explanation: Explanation) -> list[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\u2212")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\u2212")
 
 
 def _text_section(
@@ -112,7 +111,7 @@ def _text_section(
             class_="note",
         ),
         *views,
-        tag("ul", *(_legend(explanation, expert, drawn, styles) for expert in order[:_LISTED]), class_="legend"),
+        tag("ul", *(_legend(explanation, expert, drawn, styles) for expert in order[:LISTED]), class_="legend"),
         tag("p", scale, class_="scale"),
         text_view(explanation, drawn, styles),
         _more(order),
@@ -128,8 +127,8 @@ def _legend(explanation: Explanation, expert: str, drawn: Mapping[str, Look], st
 
 def _more(order: Sequence[str]) -> str:
     return (
-        tag("p", f"{len(order) - _LISTED} more experts act here; the table lists them.", class_="note")
-        if len(order) > _LISTED
+        tag("p", f"{len(order) - LISTED} more experts act here; the table lists them.", class_="note")
+        if len(order) > LISTED
         else ""
     )
 

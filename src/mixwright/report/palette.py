@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 # Light and dark shade of each hue, told apart by eyes without red or green; each has 3:1 against its page.
 HUES = (
@@ -51,14 +52,20 @@ def _look(label: str, place: int) -> Look:
 
 
 def labels(experts: Sequence[str]) -> dict[str, str]:
-    """A label of two or three characters for each expert, taken from its name where that is possible."""
+    """A label of two or three characters for each expert, from its name where possible: `licence` -> Li. A beginning of
+    four letters or more that all names share is skipped: `expert-017` -> 017."""
+    shared = len(commonprefix(list(experts))) if len(experts) > 1 else 0
     taken: dict[str, str] = {}
     for number, expert in enumerate(experts, start=1):
-        letters = [character for character in expert if character.isascii() and character.isalnum()]
-        tries = ["".join((letters[0], other)) for other in letters[1:]] if letters else []
-        label = next((one.capitalize() for one in tries if one.capitalize() not in taken.values()), f"#{number}")
-        taken[expert] = label
+        tries = [*_tries(expert[shared:] if shared >= 4 else expert), *_tries(expert)]
+        taken[expert] = next((label for label in tries if label not in taken.values()), f"#{number}")
     return taken
+
+
+def _tries(name: str) -> list[str]:
+    letters = [character for character in name if character.isascii() and character.isalnum()]
+    pairs = [f"{letters[0]}{other}".capitalize() for other in letters[1:]] if letters else []
+    return ["".join(letters), *pairs] if len(letters) == 3 and not letters[0].isalpha() else pairs
 
 
 def palette_rules(styles: Mapping[str, Look]) -> str:

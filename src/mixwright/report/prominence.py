@@ -2,13 +2,16 @@
 
 from mixwright.evaluation.explain import Explanation
 
+LISTED = 12
+
 
 def by_prominence(explanation: Explanation) -> list[str]:
-    """The experts that lead a token or act on one: those that lead most first, then by contribution."""
-    acting = dict.fromkeys(explanation.experts, 0.0)
-    for token in explanation.tokens:
-        for one in token.experts:
-            acting[one.expert] += one.contribution
+    """The experts that have any weight on this text: those that lead most tokens first, then by contribution."""
+    weight, added = (_sums(rows) for rows in (explanation.weight_by_depth, explanation.contribution_by_depth))
     led = {expert: explanation.led(expert) for expert in explanation.experts}
-    ranked = sorted(explanation.experts, key=lambda expert: (-led[expert], -acting[expert]))
-    return [expert for expert in ranked if led[expert] or acting[expert] > 0]
+    order = sorted(range(len(led)), key=lambda at: (-led[explanation.experts[at]], -added[at], -weight[at], at))
+    return [explanation.experts[at] for at in order if weight[at] > 0]
+
+
+def _sums(rows: list[list[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]

@@ -1,26 +1,28 @@
 """One self-contained page of an evaluation: scores with intervals, how the routers behaved, what it cost.
 
-It reads what `mixwright eval --json` writes: an object whose `records` are rows of `system`, `task`, `metric`, `value`
-and, where they were measured, `low`, `high`, `n` and `seed`. Everything else that is there (`means`, `differences`,
-`routing`, `cost`, `composition`, ...) is shown as tables.
+It reads what `mixwright eval --json` writes: an object whose `scores` are rows of `system`, `task`, `metric`, `value`
+and, where they were measured, `low`, `high`, `n` and `seed`; `metric` is the decisive one, and `means` are its rows
+over all tasks, with `minus_backbone` where it was measured. Whatever else is there is shown as tables.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from mixwright.evaluation.scores import LOWER_IS_BETTER
+from mixwright.evaluation.table import BEST_SINGLE, ORACLE
 from mixwright.report.markup import document, escape, table, tag
 from mixwright.report.palette import looks, palette_rules
 from mixwright.report.provenance import provenance
 from mixwright.report.svg import Dot, dots
 
-_LOWER = frozenset({"nats", "loss", "perplexity", "bits_per_byte", "nats per token"})
+_REFERENCES = (BEST_SINGLE, ORACLE)
 _KNOWN = ("records", "scores", "means", "composition", "metric", "metrics", "systems", "tasks")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One value with its interval, of one system on one task, or (`task` empty) on all of them."""
+    """One value with its interval, of one system on one task, or (`task` empty) on all; `gap` to the backbone."""
 
     system: str
     task: str
@@ -29,13 +31,14 @@ class Score:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    gap: str = ""
 
 
 def run_page(results: Mapping[str, Any]) -> str:
     """The page as one string of HTML. Raises ValueError for results without records, or with rows that lack a key."""
-    scores = _scores(results.get("records") or results.get("scores"))
-    means = _means(scores, results.get("means"))
-    metrics = list(dict.fromkeys(score.metric for score in scores))
+    scores = _scores(results.get("scores") or results.get("records"))
+    metrics = list(dict.fromkeys([str(results.get("metric") or scores[0].metric), *(s.metric for s in scores)]))
+    means = _means(scores, results.get("means"), metrics[0])
     body = [
         tag("header", *_headline(means, metrics, scores), class_="page"),
         tag(
@@ -51,7 +54,7 @@ def run_page(results: Mapping[str, Any]) -> str:
 
 def _scores(rows: Any) -> list[Score]:
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise ValueError("the results have no records; expected what `mixwright eval ... --json` writes.")
+        raise ValueError("the results have no scores; expected what `mixwright eval ... --json` writes.")
     return [_score(row, number) for number, row in enumerate(cast(Sequence[Any], rows))]
 
 
@@ -59,20 +62,22 @@ def _score(row: Any, number: int) -> Score:
     try:
         low, high = (None if row.get(end) is None else float(row[end]) for end in ("low", "high"))
         task, n = str(row.get("task") or ""), row.get("n")
-        return Score(str(row["system"]), task, str(row["metric"]), float(row["value"]), low, high, n)
+        gap = row.get("minus_backbone")
+        said = f"{gap['value']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""
+        return Score(str(row["system"]), task, str(row["metric"]), float(row["value"]), low, high, n, said)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         wanted = "system, task, metric, value"
-        raise ValueError(f"record {number} can't be read ({error!r}); each needs {wanted}.") from None
+        raise ValueError(f"score {number} can't be read ({error!r}); each needs {wanted}.") from None
 
 
-def _means(scores: Sequence[Score], given: Any) -> list[Score]:
+def _means(scores: Sequence[Score], given: Any, decisive: str) -> list[Score]:
     """Each system over all tasks: as it was measured, or else the plain mean of its tasks, without an interval."""
-    if isinstance(given, Sequence) and given and not isinstance(given, str):
-        return [_score({"task": "", **row}, number) for number, row in enumerate(cast(Sequence[Any], given))]
     groups: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
         groups.setdefault((score.metric, score.system), []).append(score)
-    return [_pooled(group, task="") for group in groups.values()]
+    measured = [_score({"task": "", "metric": decisive, **row}, number) for number, row in enumerate(given or ())]
+    known = {(score.metric, score.system) for score in measured}
+    return measured + [_pooled(group, task="") for key, group in groups.items() if key not in known]
 
 
 def _pooled(group: Sequence[Score], task: str) -> Score:
@@ -84,8 +89,8 @@ def _pooled(group: Sequence[Score], task: str) -> Score:
 
 
 def _headline(means: Sequence[Score], metrics: Sequence[str], scores: Sequence[Score]) -> list[str]:
-    ranked = _ranked(means, metrics[0])
-    systems = len({score.system for score in scores})
+    ranked = [score for score in _ranked(means, metrics[0]) if score.system not in _REFERENCES]
+    systems = len({score.system for score in scores} - set(_REFERENCES))
     tasks = len({score.task for score in scores})
     best = tag("strong", tag("bdi", escape(ranked[0].system)))
     where = f"on {tasks} task{'' if tasks == 1 else 's'}"
@@ -113,7 +118,7 @@ def _overlap(ranked: Sequence[Score]) -> str:
 def _ranked(means: Sequence[Score], metric: str) -> list[Score]:
     """Best first."""
     chosen = [score for score in means if score.metric == metric]
-    return sorted(chosen, key=lambda score: score.value, reverse=metric.lower() not in _LOWER)
+    return sorted(chosen, key=lambda score: score.value, reverse=metric not in LOWER_IS_BETTER)
 
 
 def _metric(metric: str, scores: Sequence[Score], means: Sequence[Score]) -> str:
@@ -121,21 +126,28 @@ def _metric(metric: str, scores: Sequence[Score], means: Sequence[Score]) -> str
     drawn = dots(
         [Dot(s.system, s.value, s.low, s.high, "x0" if s is ranked[0] else "") for s in ranked], f"{metric} by system"
     )
-    better = "lower" if metric.lower() in _LOWER else "higher"
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
     tasks = list(dict.fromkeys(score.task for score in scores if score.metric == metric))
-    note = f"Mean over tasks, {better} is better. A bar is the 95 % interval; where bars overlap the order may be chance."
-    lines = [_line(score, tasks, scores) for score in ranked]
+    note = (
+        f"Mean over tasks, {better} is better. A bar is the 95 % interval; where bars overlap the order may be chance."
+    )
+    if any(score.system in _REFERENCES for score in ranked):
+        note += (
+            f" \u201c{BEST_SINGLE}\u201d and \u201c{ORACLE}\u201d are chosen on these very scores: upper references."
+        )
+    gaps = any(score.gap for score in ranked)
+    lines = [_line(score, tasks, scores, gaps=gaps) for score in ranked]
     return tag(
         "section",
         tag("h2", escape(metric)),
         tag("p", note, class_="note"),
         tag("figure", drawn),
-        table(("System", "Mean", "95 %", *tasks), lines),
+        table(("System", "Mean", "95 %", *(["Minus backbone, paired"] if gaps else []), *tasks), lines),
     )
 
 
-def _line(mean: Score, tasks: Sequence[str], scores: Sequence[Score]) -> str:
-    cells: list[str] = []
+def _line(mean: Score, tasks: Sequence[str], scores: Sequence[Score], *, gaps: bool) -> str:
+    cells = [tag("td", escape(mean.gap))] if gaps else []
     for task in tasks:
         found = [s for s in scores if (s.system, s.metric, s.task) == (mean.system, mean.metric, task)]
         cells.append(tag("td", _cell(_pooled(found, task)) if found else "-"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from mixwright.evaluation.explain import Explanation
 from mixwright.report.markup import visible
 from mixwright.report.palette import Look, looks
-from mixwright.report.prominence import by_prominence
+from mixwright.report.prominence import LISTED, by_prominence
 from mixwright.report.text_view import runs
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _INK = "#17181a"
 _BAR = 32
-_LISTED = 12
 
 
 def print_explanation(explanation: Explanation, console: "Console") -> None:
@@ -32,10 +31,10 @@ def print_explanation(explanation: Explanation, console: "Console") -> None:
         console.print()
     if not order:
         console.print(Text("No expert acted on this text."))
-    for expert in order[:_LISTED]:
+    for expert in order[:LISTED]:
         console.print(_row(explanation, expert, drawn[expert], order, plain=plain))
-    if len(order) > _LISTED:
-        console.print(Text(f"and {len(order) - _LISTED} more experts", style="dim"))
+    if len(order) > LISTED:
+        console.print(Text(f"and {len(order) - LISTED} more experts", style="dim"))
     console.print()
     for line in worth(explanation):
         console.print(Text(line))
@@ -48,9 +47,8 @@ def worth(explanation: Explanation) -> list[str]:
     if loss is not None and backbone is not None:
         lines.append(f"{loss:.2f} nats per token, against {backbone:.2f} of the backbone alone")
     if loss is not None and without is not None:
-        lines.append(
-            f"without {visible(str(explanation.without))}, this passage costs {without - loss:+.2f} nats per token"
-        )
+        cost = round(without - loss, 2) + 0.0  # no -0.00
+        lines.append(f"without {visible(str(explanation.without))}, this passage costs {cost:+.2f} nats per token")
     return lines
 
 

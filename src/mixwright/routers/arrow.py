@@ -27,7 +27,8 @@ class ArrowScores(AbstractScores):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:
         """How far each token reaches along each expert's direction."""
-        return linear(x.float(), self.directions).abs()
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.float(), self.directions).abs()
 
     @classmethod
     def from_lora(cls, factors: Sequence[tuple[Tensor, Tensor, float] | None]) -> "ArrowScores":

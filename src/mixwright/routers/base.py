@@ -1,6 +1,7 @@
 """What every router, and every way of scoring experts, promises."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,9 +20,22 @@ class AbstractRouter(nn.Module, ABC):
 
 
 class AbstractScores(nn.Module, ABC):
-    """Scores every expert for every token: higher is better, before any normalising. Always float32."""
+    """Scores every expert for every token: higher is better, before any normalising. Always float32.
+
+    That holds under autocast too, and its buffers stay float32 when the model around them is cast to something
+    narrower: what was measured or decomposed in full precision is not rounded.
+    """
 
     num_experts: int
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AbstractScores":
+        """As nn.Module's, but a cast to a narrower type moves the buffers without rounding them."""
+        wide = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype.itemsize < wide[name].dtype.itemsize:
+                setattr(self, name, wide[name].to(buffer.device))
+        return self
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:

@@ -23,9 +23,10 @@ class SigmoidGate(AbstractRouter):
         self.gate = nn.Parameter(torch.zeros(1, d_in))
 
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
-        """One weight in (0, 1) for each token."""
+        """One weight in (0, 1) for each token, computed in float32 under autocast too."""
         del condition
-        return Routing(torch.sigmoid(linear(x.float(), self.gate.float())), num_experts=1)
+        with torch.autocast(x.device.type, enabled=False):
+            return Routing(torch.sigmoid(linear(x.float(), self.gate.float())), num_experts=1)
 
 
 def prototype_rows(*prototypes: Float[Tensor, "_ d_in"]) -> Float[Tensor, "rows d_in"]:

@@ -23,7 +23,7 @@ SHRINKAGE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class SharedCovariance:
-    """Sigma = diag(diagonal) + factor^T factor: the mean of the experts' covariances, shrunk towards a sphere.
+    """Sigma = diag(diagonal) + factor^T factor: the mean of the experts' covariances, shrunk towards its diagonal.
 
     `diagonal` (d_in,), `factor` (rank, d_in) or None. The experts weigh the same, however much text each has.
     """
@@ -37,22 +37,23 @@ class SharedCovariance:
 
 
 def shared_covariance(signatures: Sequence[Signature | None], shrinkage: float = SHRINKAGE) -> SharedCovariance:
-    """(1 - a) mean_z Sigma_z + a (mean variance) I, with a = `shrinkage`, over the experts that have a signature.
+    """mean_z Sigma_z, its covariances between features scaled by 1 - a, a = `shrinkage`; variances as they are.
 
-    An expert with a `factor` contributes factor^T factor plus what is left of its variances on the diagonal, so that
-    the diagonal is exact; one without contributes its variances alone.
+    An expert with a `factor` contributes factor^T factor plus what is left of its variances on the diagonal; one
+    without contributes its variances alone. Shrinking towards the diagonal, not towards a sphere, keeps a few features
+    of huge variance, which language models have, from drowning all others. A feature that hardly varies counts as one
+    that varies a thousandth of the median.
     """
     if not 0.0 <= shrinkage <= 1.0:
-        raise ValueError(f"shrinkage={shrinkage}; accepted is a share from 0 (as measured) to 1 (a sphere).")
+        raise ValueError(f"shrinkage={shrinkage}; accepted is a share from 0 (as measured) to 1 (the diagonal alone).")
     present = _present(signatures)
     variance = torch.stack([signature["variance"].double() for signature in present]).mean(0)
-    sphere = variance.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal, factor = (1 - shrinkage) * variance + shrinkage * sphere, None
+    floor = 1e-3 * variance.median() + torch.finfo(torch.float32).tiny
     factors = [signature["factor"].double() for signature in present if "factor" in signature]
-    if factors and shrinkage < 1.0:
-        factor = torch.cat(factors) * ((1 - shrinkage) / len(present)) ** 0.5
-        diagonal = diagonal - (factor**2).sum(0)
-    return SharedCovariance(diagonal.clamp_min(1e-6 * sphere), factor)
+    if not factors or shrinkage == 1.0:
+        return SharedCovariance(variance.clamp_min(floor), None)
+    factor = torch.cat(factors) * ((1 - shrinkage) / len(present)) ** 0.5
+    return SharedCovariance((variance - (factor**2).sum(0)).clamp_min(floor), factor)
 
 
 class SignatureScores(AbstractScores):
@@ -76,16 +77,22 @@ class SignatureScores(AbstractScores):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:
         """The log likelihood of each expert's text against the pool's centre, for each token."""
-        return linear(x.float(), self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.float(), self.weight, self.bias)
 
     @classmethod
     def from_signatures(
-        cls, signatures: Sequence[Signature | None], *, shrinkage: float = SHRINKAGE, temperature: float = 1.0
+        cls, signatures: Sequence[Signature | None], *, shrinkage: float = SHRINKAGE, temperature: float | None = None
     ) -> "SignatureScores":
         """From one signature for each expert; None, for one without, scores 0 and has to be masked by the router.
 
-        Computed in float64. `shrinkage` as in `shared_covariance`. Raises ValueError where all are None.
+        Computed in float64. `shrinkage` as in `shared_covariance`. `temperature` None is 3 where every signature has a
+        `factor`, and 10 otherwise: activations are no Gaussians, the discriminant is too sure of itself, and these
+        made its probabilities most honest at real widths (benchmarks/signatures.py; 1 is the discriminant itself, by
+        which one expert nearly always takes all). Raises ValueError where all are None.
         """
+        if temperature is None:
+            temperature = 3.0 if all("factor" in signature for signature in _present(signatures)) else 10.0
         if temperature <= 0.0:
             raise ValueError(f"temperature={temperature}; accepted is a number above 0, 1 for the plain discriminant.")
         covariance = shared_covariance(signatures, shrinkage)

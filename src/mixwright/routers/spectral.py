@@ -26,7 +26,8 @@ class SpectralScores(AbstractScores):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:
         """The length of each token's image under each expert's map."""
-        return torch.linalg.vector_norm(torch.einsum("...i,eri->...er", x.float(), self.maps), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.linalg.vector_norm(torch.einsum("...i,eri->...er", x.float(), self.maps), dim=-1)
 
     @classmethod
     def from_lora(cls, factors: Sequence[tuple[Tensor, Tensor, float] | None]) -> "SpectralScores":

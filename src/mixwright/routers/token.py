@@ -146,8 +146,8 @@ class TokenRouter(AbstractRouter):
             raise ValueError(
                 f"the router at {self.stream} site {self.order} shares decisions (consensus={self.consensus}, "
                 f"pooling={self.pooling}, prior={self.prior}) and needs the memory of a running pass: call the "
-                "composed model, not a layer of it, or give Condition(memory=RoutingMemory()). Activation checkpointing "
-                "runs layers again outside of the pass; switch it off, or these options."
+                "composed model, not a layer of it, or give Condition(memory=RoutingMemory()). Activation "
+                "checkpointing runs layers again outside of the pass; switch it off, or these options."
             )
         if condition.memory.unseen and (self.pooling > 0.0 or self.prior > 0.0):
             raise ValueError(

@@ -24,7 +24,7 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Where a run stands after `step` steps. `tensors`: file name -> tensors by name; `values`: whatever is plain data."""
+    """Where a run stands after `step` steps. `tensors`: file name -> tensors by name; `values`: plain data."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -43,7 +43,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{snapshot.step:08d}"
         staging = self.folder / f".{final.name}.{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
+        for left_over in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left_over)
         try:
             self._write(staging, snapshot)
             if final.exists():

@@ -2,11 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -67,7 +66,9 @@ def fit(
         main = accelerator.is_main_process
         checkpoints = None
         if folder is not None:
-            checkpoints = Checkpoints(folder / "checkpoints", {**(identity or {}), **_identity(stage, config, seed, accelerator)})
+            checkpoints = Checkpoints(
+                folder / "checkpoints", {**(identity or {}), **_identity(stage, config, seed, accelerator)}
+            )
             if main:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive_lock(folder / ".lock", timeout=2.0))
@@ -113,9 +114,7 @@ class _Run:
             self.accelerator.end_training()
         best = updater.keep_best()
         last = losses[-1] if losses else None
-        return Fitted(
-            steps=stage.steps, loss=last, best=best, seconds=time.monotonic() - began, losses=tuple(losses)
-        )
+        return Fitted(steps=stage.steps, loss=last, best=best, seconds=time.monotonic() - began, losses=tuple(losses))
 
     def _after(self, done: int, loss: float) -> None:
         steps = self.updater.stage.steps
@@ -146,7 +145,7 @@ def _prepared(
     config: TrainConfig,
     seed: int,
     accelerator: Accelerator,
-) -> Iterator[Updater]:
+) -> Generator[Updater]:
     """An updater over a model in training mode; afterwards modes and `requires_grad` are what they were."""
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
@@ -172,8 +171,8 @@ def _begin(checkpoints: Checkpoints | None, *, resume: bool, force: bool, main: 
     there = checkpoints.steps()
     if there and not force:
         raise ValueError(
-            f"{checkpoints.folder.parent} holds a run that reached {there[0].name}; continue it with resume, take another "
-            "output_dir, or start over with force."
+            f"{checkpoints.folder.parent} holds a run that reached {there[0].name}; continue it with resume, take "
+            "another output_dir, or start over with force."
         )
     if there and main:
         checkpoints.clear()
@@ -207,7 +206,9 @@ class _Log:
     def __init__(self, folder: Path | None, done: int) -> None:
         self.path = None if folder is None else folder / "log.jsonl"
         if self.path is not None:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if done and self.path.exists() else []
+            lines = (
+                self.path.read_text(encoding="utf-8").splitlines(keepends=True) if done and self.path.exists() else []
+            )
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
             self.path.write_text("".join(kept), encoding="utf-8")
 

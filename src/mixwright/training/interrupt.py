@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ class Interruption:
 
 
 @contextmanager
-def interruption(listen: bool = True) -> Iterator[Interruption]:
+def interruption(listen: bool = True) -> Generator[Interruption]:
     """Inside the block the first Ctrl-C or SIGTERM sets `requested`, and the second acts at once.
 
     Without `listen`, and outside the main thread, signals do what they did.

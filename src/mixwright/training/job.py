@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
@@ -56,7 +55,8 @@ def open_job(recipe: Recipe, backbone: nn.Module, tokenizer: Tokenizer, catalog:
         raise ValueError("recipe.data.train: missing; training needs examples.")
     kind = _kind(recipe, backbone)
     task = _read(recipe, "train", recipe.data.train, None)
-    held_out = recipe.data.validation and _read(recipe, "validation", recipe.data.validation, task)
+    source = recipe.data.validation
+    held_out = _read(recipe, "validation", source, task) if source else None
     data = _batches(recipe, task, tokenizer, kind)
     validation = _batches(recipe, held_out, tokenizer, kind) if held_out else None
     identity = {
@@ -84,7 +84,7 @@ def _kind(recipe: Recipe, backbone: nn.Module) -> Kind:
     kind = recipe.backbone.kind if recipe.backbone.kind != "auto" else provenance(backbone)["kind"]
     if kind not in ("causal", "seq2seq", "encoder"):
         raise ValueError(f"recipe.backbone.kind: {kind}; training knows causal, seq2seq and encoder.")
-    return cast(Kind, kind)
+    return kind
 
 
 def _read(recipe: Recipe, split: str, source: str | tuple[str, ...], like: TextTask | None) -> TextTask:

@@ -43,15 +43,15 @@ def label_matching(model: Any, batch: Batch) -> Tensor:
     """
     if batch.label_inputs is None:
         raise ValueError("label matching needs batch.label_inputs, the texts of the labels.")
-    labels = embed(model, batch.label_inputs)
-    scores = embed(model, batch.inputs) @ labels.T / TEMPERATURE
-    return cross_entropy(scores, batch.targets, reduction="sum")
+    labels, texts = embed(model, batch.label_inputs), embed(model, batch.inputs)
+    with torch.autocast(texts.device.type, enabled=False):
+        return cross_entropy(texts @ labels.T / TEMPERATURE, batch.targets, reduction="sum")
 
 
 def embed(model: Any, inputs: Any) -> Tensor:
     """The mean of the last hidden state over real tokens, of length 1: `(batch, width)`, float32."""
     hidden = model(**inputs).last_hidden_state.float()
-    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
     with torch.autocast(hidden.device.type, enabled=False):
         return normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0), dim=-1)
 

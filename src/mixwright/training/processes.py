@@ -10,6 +10,6 @@ def process_state() -> PartialState:
 
 
 def make_accelerator(tracker: str | None, folder: str | None) -> Accelerator:
-    """Device, processes and trackers; precision is the loop's own affair, since accelerate keeps one for a whole program."""
+    """Device, processes and trackers. Precision is the loop's own: accelerate keeps one for a whole program."""
     process_state()
     return Accelerator(cpu=not torch.accelerator.is_available(), log_with=tracker, project_dir=folder)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -43,7 +43,7 @@ class Report:
 
 
 @contextmanager
-def reporting(name: str, steps: int, done: int, *, quiet: bool) -> Iterator[Report]:
+def reporting(name: str, steps: int, done: int, *, quiet: bool) -> Generator[Report]:
     """A report for one stage, of which `done` steps were done by an earlier run; `quiet` says nothing at all."""
     console = None if quiet else Console(file=sys.stderr)
     report = Report(name, steps, console)

@@ -1,7 +1,7 @@
 """All randomness of a run comes from its seed: every forward pass starts from a state computed from (seed, pass)."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,7 +21,7 @@ def seed_pass(seed: int, index: int) -> None:
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def own_randomness() -> Generator[None]:
     """Inside the block the global random states may be set at will; afterwards they are the caller's again."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

@@ -77,9 +77,11 @@ def run_stages(
     there = job.expert.id in _ids(job.catalog)
     first_is_done = there and resume and job.catalog.card(job.expert.id).recipe.get("run") == job.run
     if there and stages[0] in chosen and not first_is_done:
+        later = ", ".join(stage.name for stage in stages[1:])
         raise ValueError(
-            f"expert {job.expert.id} is in the catalogue {job.catalog.folder} already, and not from this run; choose "
-            f"another expert.id, remove it, or train only a later stage ({', '.join(s.name for s in stages[1:])})."
+            f"expert {job.expert.id} is in the catalogue {job.catalog.folder} already"
+            f"{', from another run' if resume else ''}; choose another expert.id, remove it, or "
+            f"{'' if resume else 'go on with resume, or '}train only a later stage ({later})."
         )
     if dry_run:
         return _planned(job, chosen, report)

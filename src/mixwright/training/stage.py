@@ -38,7 +38,7 @@ class Stage:
     steps: int
     """Optimiser steps."""
     objective: Objective = supervised
-    """(model, batch) -> the loss summed over the batch's targets; the loop divides by how many there are in the step."""
+    """(model, batch) -> the loss summed over the batch's targets; the loop divides by their number in the step."""
     warmup: float = 0.06
     """Share of the steps in which the learning rates rise from 0, which the first step has; constant afterwards."""
     cooldown: float = 0.0
@@ -50,7 +50,7 @@ class Stage:
     weight_decay: float = 0.0
     """Decoupled weight decay of every group."""
     choose_every: int | None = None
-    """Score on held-out data before the first step and after every so many, and end with the best; None ends with the last."""
+    """Score on held-out data before the first step and after every so many, and end with the best; None: the last."""
     build: Callable[[nn.Module, int, "Trained | None"], nn.Module] | None = None
     """(backbone, seed, what the stage before published) -> the model that is trained; None: the caller builds it."""
     harvest: Callable[[nn.Module], "Trained"] | None = None
@@ -70,7 +70,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """An expert as training leaves it: per site `(down (rank, d_in), up (d_out, rank), scale)`, and its gates if it has any."""
+    """An expert as training leaves it: `(down (rank, d_in), up (d_out, rank), scale)` for each site; gates if any."""
 
     factors: Mapping[str, tuple[Tensor, Tensor, float]]
     gates: Mapping[str, Tensor] | None = None

@@ -63,7 +63,7 @@ class Updater:
         return losses.get("train", next(iter(losses.values())))
 
     def consider(self, done: int) -> None:
-        """After `done` steps, remember the weights if no earlier ones were better on held-out data; ties go to the later."""
+        """After `done` steps, remember the weights if none before did better on held-out data; a tie is won."""
         every = self.stage.choose_every
         if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
             return
@@ -92,7 +92,10 @@ class Updater:
     def snapshot(self, done: int) -> Snapshot:
         """Where the run stands after `done` steps."""
         tensors, values = optimizer_state(self.optimizers)
-        files: dict[str, Mapping[str, Tensor]] = {"weights.safetensors": self.parameters, "optimizer.safetensors": tensors}
+        files: dict[str, Mapping[str, Tensor]] = {
+            "weights.safetensors": self.parameters,
+            "optimizer.safetensors": tensors,
+        }
         if self.best is not None:
             files["best.safetensors"] = self.best_weights
         return Snapshot(
@@ -142,7 +145,9 @@ class Updater:
         weight = self._reduced(torch.tensor(float(sum(batch.weight for batch in passes))))
         if weight == 0:
             rows = ", ".join([where for batch in passes for where in batch.where][:4]) or f"batch {indices[0]}"
-            raise ValueError(f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?")
+            raise ValueError(
+                f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?"
+            )
         if len(self.sources) > 1:
             self._set_trainable(split)
         total = torch.zeros((), device=self.accelerator.device)
@@ -195,8 +200,8 @@ class Updater:
 
     def _not_finite(self, what: str, step: int) -> str:
         return (
-            f"stage {self.stage.name}, step {step}: {what}. The weights of step {step} are kept; lower the learning rate, "
-            "check the data, or train with precision bf16 or no."
+            f"stage {self.stage.name}, step {step}: {what}. The weights of step {step} are kept; lower the "
+            "learning rate, check the data, or train with precision bf16 or no."
         )
 
 

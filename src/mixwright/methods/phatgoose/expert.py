@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.probe import called_sites
 from mixwright.experts.lora import LoraExperts
 from mixwright.methods.phatgoose.config import PhatgooseConfig
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import SigmoidGate
-from mixwright.sites import linear_sites, target_sites
+from mixwright.sites import linear_sites
 from mixwright.training.stage import Trained
 
 INIT_STD = 0.01
@@ -20,14 +21,14 @@ INIT_STD = 0.01
 def new_expert(backbone: nn.Module, config: PhatgooseConfig, seed: int, expert_id: str = "expert") -> ComposedModel:
     """An untrained expert at weight 1: h = W u + (alpha / r) B A u, with A ~ N(0, 0.01^2) and B = 0 (released code).
 
-    Sites are those of `config.target_modules`; by default every linear layer of every block (section 4.1). The factors are
-    float32 whatever the backbone's dtype, drawn from `seed` alone, site after site.
+    Sites are those of `config.target_modules`; by default every linear layer of every block (section 4.1). The factors
+    are float32 whatever the backbone's dtype, drawn from `seed` alone, site after site.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = config.alpha / config.rank
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     sites = linear_sites(backbone)
-    for path in target_sites(backbone, config.target_modules):
+    for path in called_sites(backbone, config.target_modules):
         site = sites[path]
         down = torch.empty(config.rank, site.d_in).normal_(0.0, INIT_STD, generator=generator)
         factors[path] = (down, torch.zeros(site.d_out, config.rank), scale)
@@ -43,17 +44,18 @@ def at_full_strength(
         device = _device(backbone, path)
         experts = LoraExperts.stack([_float32(factor)], device)
         mixtures[path] = Mixture(backbone.get_submodule(path), ConstantRouter(torch.ones(1, device=device)), experts)
-    return ComposedModel(backbone, mixtures, (expert_id,), Composition(method="phatgoose"))
+    model = ComposedModel(backbone, mixtures, (expert_id,), Composition(method="phatgoose"))
+    return model.train(backbone.training)
 
 
 def with_gates(model: ComposedModel) -> ComposedModel:
-    """The same model, in place, with a gate at zero before each expert: h = W u + sigmoid(v . u) (alpha / r) B A u (eq. 2).
+    """The same model, in place, with a gate at zero for each site: h = W u + sigmoid(v . u) (alpha / r) B A u (eq. 2).
 
     At zero every gate gives exactly half of the expert.
     """
     for path, mixture in model.mixtures.items():
         down = mixture.experts.get_parameter("down")
-        mixture.router = SigmoidGate(down.shape[-1]).to(_device(model.backbone, path))
+        mixture.router = SigmoidGate(down.shape[-1]).to(_device(model.backbone, path)).train(mixture.training)
     return model
 
 

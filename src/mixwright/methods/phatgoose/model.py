@@ -14,21 +14,20 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixwright.backbones.hf import provenance
 from mixwright.catalog.fit import fit
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
-from mixwright.composition.probe import Probe, probe
+from mixwright.composition.probe import Seen, probe
 from mixwright.composition.selfcheck import self_check
 from mixwright.experts.lora import LoraExperts
-from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.methods.phatgoose.config import METHOD, PhatgooseConfig
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
-from mixwright.routers.shared import share
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
@@ -56,51 +55,72 @@ def compose(config: PhatgooseConfig, backbones: Sequence[nn.Module], catalog: "C
     if not experts:
         raise ValueError(f"the catalogue {catalog.folder} has no active expert; add one with `mixwright experts add`.")
     if config.top_k > len(pool):
-        raise ValueError(f"top_k={config.top_k} is larger than the pool of {len(pool)} experts; choose a smaller top_k.")
+        raise ValueError(
+            f"top_k={config.top_k} is larger than the pool of {len(pool)} experts; choose a smaller top_k."
+        )
     sites = linear_sites(backbone)
     for expert in experts:
         fit(expert, sites)
     settled = replace(config, router=scored_by(experts, config.router))
     seen = probe(backbone, [path for path in sites if any(path in expert.factors for expert in experts)])
-    mixtures = {
-        path: Mixture(backbone.get_submodule(path), _router(path, experts, settled, seen), _members(path, experts, pool, backbone))
-        for path in seen.sites
-    }
-    for paths in seen.groups():
-        routers = (mixtures[path].router for path in paths)
-        share(router.scores for router in routers if isinstance(router, TokenRouter))
+    mixtures = {path: _mixture(path, experts, pool, backbone, settled, seen.sites[path]) for path in seen.sites}
     model = ComposedModel(backbone, mixtures, pool, _description(settled, backbone, experts), seen)
     self_check(model, {expert.id: expert.factors for expert in experts})
     return model
 
 
-def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], backbone: nn.Module) -> LoraExperts:
+def _mixture(
+    path: str,
+    experts: Sequence["Expert"],
+    pool: Sequence[str],
+    backbone: nn.Module,
+    config: PhatgooseConfig,
+    seen: Seen,
+) -> Mixture:
+    base = backbone.get_submodule(path)
+    allowed = torch.tensor([path in expert.factors for expert in experts])
+    router = token_router(_scores(path, experts, config.router), config, seen, allowed, _offset(experts, config))
+    return Mixture(base, router.to(base.get_parameter("weight").device), _members(path, experts, pool, base))
+
+
+def _members(path: str, experts: Sequence["Expert"], pool: Sequence[str], base: nn.Module) -> LoraExperts:
     """The LoRAs that adapt this site, in the dtype of the layer they stand beside; the null expert has none."""
-    weight = backbone.get_submodule(path).get_parameter("weight")
+    weight = base.get_parameter("weight")
     factors = [expert.factors.get(path) for expert in experts] + [None] * (len(pool) - len(experts))
     return LoraExperts.stack(
         [f and (f.down.to(weight.dtype), f.up.to(weight.dtype), f.scale) for f in factors], weight.device
     )
 
 
-def _router(path: str, experts: Sequence["Expert"], config: PhatgooseConfig, seen: Probe) -> TokenRouter:
+def token_router(
+    scores: AbstractScores, config: PhatgooseConfig, seen: Seen, allowed: Tensor | None, offset: Tensor | None
+) -> TokenRouter:
     """Steps 1 to 4, among the experts that adapt this site."""
-    offset = None
-    if config.quality:
-        gains = [float(expert.card.quality.get("gain", {}).get("value", 0.0)) for expert in experts]
-        offset = config.quality * torch.tensor(gains)
     return TokenRouter(
-        _scores(path, experts, config.router),
+        scores,
         config.top_k,
-        allowed=torch.tensor([path in expert.factors for expert in experts]),
+        allowed=allowed,
         offset=offset,
         null_expert=config.null_expert,
         pooling=config.pooling,
         consensus=config.consensus,
         prior=config.prior,
-        stream=seen.sites[path].stream,
-        order=seen.sites[path].order,
+        stream=seen.stream,
+        order=seen.order,
     )
+
+
+def _offset(experts: Sequence["Expert"], config: PhatgooseConfig) -> Tensor | None:
+    """Each expert's measured gain over the backbone, added to its scores; None where quality does not count."""
+    if not config.quality:
+        return None
+    lacking = [expert.id for expert in experts if "gain" not in expert.card.quality]
+    if lacking:
+        raise ValueError(
+            f"quality={config.quality} needs a measured gain for every expert; {', '.join(lacking[:5])} has none. "
+            "Measure it with `mixwright experts measure`, or set quality=0."
+        )
+    return config.quality * torch.tensor([float(expert.card.quality["gain"]["value"]) for expert in experts])
 
 
 def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence["Expert"]) -> Composition:
@@ -110,6 +130,7 @@ def _description(config: PhatgooseConfig, backbone: nn.Module, experts: Sequence
         config=asdict(config),
         backbone={**provenance(backbone), "fingerprint": fingerprint(backbone)},
         experts=cards,
+        citation=METHOD.paper.bibtex,
     )
 
 
@@ -124,8 +145,8 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
         return next(kind for kind, without in lacking.items() if not without)
     if lacking[router]:
         raise ValueError(
-            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train them "
-            f"(`mixwright train RECIPE --stage gate`), collect signatures (`mixwright experts sign`), or set router=auto."
+            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train gates "
+            "(`mixwright train RECIPE --stage gate`), take signatures (`mixwright experts sign`), or set router=auto."
         )
     return router
 

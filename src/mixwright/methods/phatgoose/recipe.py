@@ -13,7 +13,7 @@ CHOOSE_EVERY = 100
 
 
 def stages(config: PhatgooseConfig) -> tuple[Stage, ...]:
-    """*expert*: the LoRA factors alone, best of every 100 steps. *gate*: the gate vectors alone, the last step counts."""
+    """*expert*: the LoRA factors alone, best of every 100 steps. *gate*: the gate vectors alone, to the last step."""
     return (
         Stage(
             name="expert",
@@ -44,5 +44,7 @@ def _fresh(backbone: nn.Module, config: PhatgooseConfig, seed: int, before: Trai
 
 def _gated(backbone: nn.Module, before: Trained | None) -> ComposedModel:
     if before is None:
-        raise ValueError("stage gate needs a trained expert; run stage expert first, or add the expert to the catalogue.")
+        raise ValueError(
+            "stage gate needs a trained expert; run stage expert first, or add the expert to the catalogue."
+        )
     return with_gates(at_full_strength(backbone, before.factors))

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
-from mixwright.composition.probe import Seen, probe
+from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, lora_experts
 from mixwright.errors import CatalogError
 from mixwright.methods.phatgoose.config import PhatgooseConfig
+from mixwright.methods.phatgoose.model import token_router
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractScores
 from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.signature import SignatureScores
-from mixwright.routers.token import TokenRouter
 
 
 def restore(
@@ -24,11 +24,14 @@ def restore(
     stored = by_site(state, backbone)
     seen = probe(backbone, list(stored))
     mixtures: dict[str, Mixture] = {}
-    for path, tensors in stored.items():
+    for path in seen.sites:
+        tensors = stored[path]
         base = backbone.get_submodule(path)
         device = base.get_parameter("weight").device
         members = lora_experts(tensors, path, base)
-        router = _router(tensors, path, members.down.shape[-1], config, seen.sites[path])
+        scores = _scores(tensors, path, members.down.shape[-1], config.router)
+        allowed, offset = (tensors.router.get(name) for name in ("allowed", "offset"))
+        router = token_router(scores, config, seen.sites[path], allowed, offset)
         if not len(pool) == router.num_experts == members.num_experts:
             raise CatalogError(
                 "SHAPE",
@@ -38,21 +41,6 @@ def restore(
             )
         mixtures[path] = Mixture(base, router.to(device), members.to(device))
     return ComposedModel(backbone, mixtures, pool, probe=seen)
-
-
-def _router(tensors: SiteState, path: str, d_in: int, config: PhatgooseConfig, seen: Seen) -> TokenRouter:
-    return TokenRouter(
-        _scores(tensors, path, d_in, config.router),
-        config.top_k,
-        allowed=tensors.router.get("allowed"),
-        offset=tensors.router.get("offset"),
-        null_expert=config.null_expert,
-        pooling=config.pooling,
-        consensus=config.consensus,
-        prior=config.prior,
-        stream=seen.stream,
-        order=seen.order,
-    )
 
 
 def _scores(tensors: SiteState, path: str, d_in: int, router: str) -> AbstractScores:
