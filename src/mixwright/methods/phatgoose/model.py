@@ -146,7 +146,7 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
     if lacking[router]:
         raise ValueError(
             f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train "
-            "gates (`mixwright train RECIPE --stage gate`), take signatures (`mixwright experts sign`), or set router=auto."
+            "gates (`mixwright train RECIPE --stage gate`), take signatures (`experts sign`), or router=auto."
         )
     return router
 
