@@ -1,6 +1,6 @@
 """The tables of the README's results section, from the JSON of the two suites.
 
-    python -m benchmarks.results_section
+python -m benchmarks.results_section
 """
 
 import argparse
