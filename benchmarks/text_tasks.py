@@ -71,6 +71,7 @@ def label_loss(tasks: list[LabelledTask], tokenise: Tokenise, rows: int, seed: i
 
     With several tasks each step draws its batch from one of them in turn: a multitask adapter's loss.
     """
+
     def losses(model: ComposedModel, step: int) -> Tensor:
         task = tasks[step % len(tasks)]
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)

@@ -13,9 +13,7 @@ from .conftest import batches
 def test_cosine_of_updates_equals_that_of_the_explicit_matrices(model):
     factors = systems.factors(model)
     one, other = ({site: rows[at] for site, rows in factors.items()} for at in (0, 1))
-    flat = [
-        torch.cat([(s * up @ down).double().reshape(-1) for down, up, s in pool.values()]) for pool in (one, other)
-    ]
+    flat = [torch.cat([(s * up @ down).double().reshape(-1) for down, up, s in pool.values()]) for pool in (one, other)]
     expected = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)
     assert update_cosine(one, other) == pytest.approx(float(expected), abs=1e-6)
     assert update_cosine(one, one) == pytest.approx(1.0)
