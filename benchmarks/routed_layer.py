@@ -8,15 +8,11 @@ the two winners' own activations.
 """
 
 import argparse
-import sys
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
 from torch import nn
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.peft_layers import arrow, with_adapters, x_lora
 from benchmarks.timing import alternate, machine, peak_bytes, show, summary, write
@@ -42,7 +38,7 @@ def tensors(experts: int, tokens: int) -> tuple[torch.Tensor, ...]:
     return x, gates, down, up
 
 
-def measure(experts: int, tokens: int, *, rounds: int) -> dict[str, Any]:
+def measure(experts: int, tokens: int, *, rounds: int, cpu: bool = False) -> dict[str, Any]:
     """Times and memory of every contender for one pool and one number of tokens."""
     x, gates, down, up = tensors(experts, tokens)
     base = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -59,7 +55,7 @@ def measure(experts: int, tokens: int, *, rounds: int) -> dict[str, Any]:
         left_out: dict[str, str] = {}
         _peft(runs, left_out, base, down, up, dense[0], x)
         _agree(runs, x)
-        result = summary(alternate(runs, rounds=rounds), "bare layer")
+        result = summary(alternate(runs, rounds=rounds, cpu=cpu), "bare layer")
         winners = 4 * tokens * TOP_K * (WIDTH + RANK)
         memory = {name: peak_bytes(run) for name, run in runs.items() if name in ("bare layer", "mixwright")}
     return {
@@ -153,23 +149,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and no pool of 1000")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread, for a busy machine")
     parser.add_argument("--experts", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--name", default="routed_layer", help="of the file in benchmarks/results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    about = machine()
+    started = time.process_time()
     cases = []
     for experts in given.experts or ((8, 36, 166) if given.quick else (8, 36, 166, 1000)):
         for tokens in (512, 1):
             rounds = given.rounds or (15 if given.quick else 60) * (1 if tokens > 1 else 5)
-            case = measure(experts, tokens, rounds=rounds)
+            case = measure(experts, tokens, rounds=rounds, cpu=given.cpu_time)
             show(f"{experts} experts, {tokens} tokens", case["times"], case["left_out"])
             cases.append(case)
     bars = verdict(cases)
     for bar, values in bars.items():
         print(bar, *(f"{key}={value:.2f}" for key, value in values.items()))
-    path = write(given.name, {"machine": about, "cases": cases, "bars": bars})
+    path = write(
+        given.name,
+        {"clock": "processor" if given.cpu_time else "wall", "machine": machine(started), "cases": cases, "bars": bars},
+    )
     print(f"written: {path}")
 
 

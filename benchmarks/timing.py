@@ -3,11 +3,11 @@
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import surroundings
+from mixwright.ops import kernels
+
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], object]
 
 
-def alternate(runs: Mapping[str, Run], *, rounds: int, slow: float = 0.25) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Run], *, rounds: int, slow: float = 0.25, cpu: bool = False) -> dict[str, list[float]]:
     """Seconds of every run in every round, each round beginning with another contender.
 
+    `cpu` counts the processor time of this process instead, which other people's work on the machine leaves almost
+    alone; it says how long one thread would take on a quiet machine, and nothing about two.
     One that took longer than `slow` seconds when it was warmed up runs in every tenth round only, but at least thrice.
     """
+    clock = time.process_time if cpu else time.perf_counter
     warm: dict[str, float] = {}
     for name, run in runs.items():
         run()
-        warm[name] = _once(run)
+        warm[name] = _once(run, clock)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     gc.disable()
@@ -35,16 +41,16 @@ def alternate(runs: Mapping[str, Run], *, rounds: int, slow: float = 0.25) -> di
         for number in range(rounds):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 if warm[name] <= slow or number % 10 == 0 or number < 3:
-                    seconds[name].append(_once(runs[name]))
+                    seconds[name].append(_once(runs[name], clock))
     finally:
         gc.enable()
     return seconds
 
 
-def _once(run: Run) -> float:
-    start = time.perf_counter()
+def _once(run: Run, clock: Callable[[], float]) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def summary(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
@@ -82,32 +88,15 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    names = ("torch", "transformers", "peft", "numpy")
-    model = next((line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
+def machine(started: float) -> dict[str, Any]:
+    """What the numbers were measured on, and how busy it was."""
     return {
-        "processor": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in names},
+        **surroundings(started),
+        "peft": version("peft") if find_spec("peft") else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "dispatch": kernels.status(),
+        "load": [round(value, 2) for value in os.getloadavg()],
     }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def write(name: str, content: Mapping[str, Any]) -> Path:

@@ -158,10 +158,11 @@ def sign(
     tokenizer: Any = None,
     max_length: int = 512,
     limit: int | None = 256,
-) -> None:
+) -> int:
     """Give an expert a signature: statistics of the backbone's activations on `text`, which should be of its own kind.
 
-    With signatures for every expert, adapters that came without gates can be routed: see `router="signatures"`.
+    With signatures for every expert, adapters that came without gates can be routed: see `router="signatures"`. Returns
+    the number of sites.
     """
     shelf = Catalog(catalog) if isinstance(catalog, str | Path) else catalog
     base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
@@ -169,7 +170,9 @@ def sign(
     task = read_task(text, limit=limit)
     data = make_batches(task, reader, provenance(base)["kind"], batch_size=8, seed=0, max_length=max_length)
     shelf.bind(base)
-    shelf.attach(expert, signatures=signature_of(base, data, list(shelf.card(expert).sites)))
+    signatures = signature_of(base, data, list(shelf.card(expert).sites))
+    shelf.attach(expert, signatures=signatures)
+    return len(signatures)
 
 
 def _tokenizer(model: ComposedModel) -> Any:

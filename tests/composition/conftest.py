@@ -14,6 +14,8 @@ from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites, target_sites
 
+torch.set_num_threads(1)  # models this small only lose time to a second thread
+
 
 @dataclass(frozen=True)
 class Factors:

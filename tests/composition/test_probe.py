@@ -28,6 +28,13 @@ def test_t5_has_three_streams() -> None:
     assert streams["decoder.block.0.layer.1.EncDecAttention.v"] == "cross"
 
 
+@pytest.mark.parametrize(("family", "ahead"), [("bert", True), ("vit", True), ("llama", False), ("gpt2", False)])
+def test_a_stream_whose_early_tokens_see_later_ones_is_shared_as_an_encoder_s(family: str, ahead: bool) -> None:
+    sites = [site for site in seen(family).sites.values() if not site.stream.startswith("alone/")]
+    assert {site.looks_ahead for site in sites} == {ahead}
+    assert {site.shared_as for site in sites} == {"encoder" if ahead else "decoder"}
+
+
 def test_cross_attention_of_all_layers_reads_one_tensor() -> None:
     backbone = tiny_backbone("t5", num_decoder_layers=2)
     groups = probe(backbone, target_sites(backbone, ("EncDecAttention.k", "EncDecAttention.v"))).groups()

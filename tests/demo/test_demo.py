@@ -42,7 +42,7 @@ def test_mixed_documents_hold_two_domains_and_know_whose_each_token_is() -> None
 def _table(routed: float) -> Table:
     noise = torch.linspace(-0.01, 0.01, 64)
     others = [BEST_SINGLE, MERGED, TUNED, "PHATGOOSE with pooled scores", "signatures with pooled scores"]
-    values = {ROUTED: routed + noise.flip(0), **{name: 5.0 + noise for name in others}}
+    values = {ROUTED: routed + noise.flip(0), **dict.fromkeys(others, 5.0 + noise)}
     return Table([Scores(name, "mixed documents", "nats", each) for name, each in values.items()])
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixwright.cli.expert_text import measure, sign
 from mixwright.cli.output import DryRun, Json, example, print_json, print_table
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def register(app: typer.Typer) -> None:
         show_all: ("mixwright experts list my-catalog", "mixwright experts list my-catalog --json"),
         show: ("mixwright experts show my-catalog law",),
         check: ("mixwright experts check my-catalog", "mixwright experts check my-catalog law --backbone my-backbone"),
+        measure: ("mixwright experts measure my-catalog law --backbone my-backbone --text law-held-out.jsonl",),
+        sign: ("mixwright experts sign my-catalog law --backbone my-backbone --text law.jsonl",),
         diff: ("mixwright experts diff my-catalog law medicine",),
         disable: ("mixwright experts disable my-catalog law",),
         enable: ("mixwright experts enable my-catalog law",),
@@ -55,6 +58,9 @@ def add(
     confirm_base: Annotated[
         bool, typer.Option("--confirm-base", help="The base model it names is this backbone, under another name.")
     ] = False,
+    measured_on: Annotated[
+        Path | None, typer.Option("--measure", help="Held-out text to measure its quality on; needs --backbone.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +70,8 @@ def add(
     """
     from mixwright.catalog.store import Catalog
 
+    if measured_on is not None and backbone is None:
+        raise ValueError("--measure needs --backbone: quality is what an expert adds to its backbone.")
     shelf = Catalog(catalog)
     card = shelf.add(
         source,
@@ -75,6 +83,11 @@ def add(
         confirm_base=confirm_base,
         dry_run=dry_run,
     )
+    if measured_on is not None and backbone is not None and not dry_run:
+        from mixwright.api import measure as run
+
+        run(shelf, card.id, backbone=backbone, held_out=measured_on)
+        card = shelf.card(card.id)
     if as_json:
         return print_json({"dry_run": dry_run, **asdict(card)})
     _print_card(card, "would be added" if dry_run else "active")

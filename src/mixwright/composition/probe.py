@@ -26,13 +26,19 @@ class Seen:
     `order`: its place in the pass. `stream`: the tokens it works on: `decoder` (the main stream, also of a model with
     no encoder), `encoder`, `cross` (a decoder's layer fed with encoder states), or `alone/<path>` where its input has
     no batch and token axes of a stream, such as a pooler's. `group`: sites of one group read the same tensor. `flat`:
-    the tokens come in one axis, without the batch.
+    the tokens come in one axis, without the batch. `looks_ahead`: early tokens of the only stream see later ones.
     """
 
     order: int
     stream: str
     group: int
     flat: bool = False
+    looks_ahead: bool = False
+
+    @property
+    def shared_as(self) -> str:
+        """The stream as whose tokens a router shares decisions: a main stream that looks ahead is an encoder's."""
+        return "encoder" if self.looks_ahead and self.stream == "decoder" else self.stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,8 @@ def probe(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any] |
             "the backbone has this layer but does not always call it in a forward pass (its owner reads the weight "
             "itself, or skips it), so an expert here would do nothing. Leave this site out.",
         )
-    seen = _seen(log, _stream_lengths(given or {}, log))
+    ahead = inputs is None and _looks_ahead(backbone, sites, given or {}, log)
+    seen = _seen(log, _stream_lengths(given or {}, log), looks_ahead=ahead)
     for path in sites:
         seen.setdefault(path, Seen(len(seen), f"alone/{path}", -1 - len(seen)))
     return Probe(seen, ran=True)
@@ -186,13 +193,31 @@ def _commonest(stream: str, activations: Sequence[Tensor]) -> dict[str, tuple[in
     return {stream: max(axes, key=axes.count)} if axes else {}
 
 
-def _seen(log: _Log, lengths: Mapping[str, tuple[int, int]]) -> dict[str, Seen]:
+def _looks_ahead(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any], log: _Log) -> bool:
+    """Whether the first token of a model with one stream sees the last one, as in BERT: its states are then another."""
+    name = next((key for key in ("input_ids", "pixel_values") if key in inputs), None)
+    if name is None or "decoder_input_ids" in inputs:
+        return False
+    other = inputs[name].clone()
+    if other.is_floating_point():
+        other[..., -1, :] += 1.0
+    else:
+        other[:, -1] = torch.where(other[:, -1] == other[:, 0], other[:, 1], other[:, 0])
+    again = _run(backbone, sites, {**inputs, name: other}, must=False)
+    if again is None:
+        return False
+    pairs = [(x, again.inputs[path]) for path, x in log.inputs.items() if x.dim() == 3 and path in again.inputs]
+    return any(x.shape == y.shape and not torch.allclose(x[:, 0], y[:, 0], atol=1e-6) for x, y in pairs)
+
+
+def _seen(log: _Log, lengths: Mapping[str, tuple[int, int]], *, looks_ahead: bool) -> dict[str, Seen]:
     groups: dict[tuple[int, int], int] = {}
     seen: dict[str, Seen] = {}
     for order, (path, x) in enumerate(log.inputs.items()):
         group = groups.setdefault((id(x), log.versions[path]), len(groups))
         stream = _stream(x, lengths, inside=log.inside[path])
-        seen[path] = Seen(order, stream or f"alone/{path}", group, flat=stream is not None and x.dim() == 2)
+        flat = stream is not None and x.dim() == 2
+        seen[path] = Seen(order, stream or f"alone/{path}", group, flat=flat, looks_ahead=looks_ahead)
     return seen
 
 

@@ -122,7 +122,7 @@ def scored(
             pool[site] = _with_null(pool[site])
         allowed = adapting(pool[site])[: score.num_experts]
         routers[site] = TokenRouter(
-            score, top_k, allowed=allowed, offset=offset, stream=seen.stream, order=seen.order, **options
+            score, top_k, allowed=allowed, offset=offset, stream=seen.shared_as, order=seen.order, **options
         )
     return other_pool(name, pool, routers)
 

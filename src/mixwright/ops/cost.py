@@ -8,17 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Costs:
-    """Microseconds on two Zen 4 cores, float32, torch 2.13; only ratios matter for the choice."""
+    """Microseconds on one Zen 4 core, float32, torch 2.13, with factors that are not in a cache; only ratios matter."""
 
-    assignment_each: float = 7.0
+    each_once: float = 150.0
+    """What `add_each` does whatever the size: reading indices and weights."""
+    assignment_each: float = 5.0
     """Two matrix-vector products and what calls them, for one token and one expert."""
-    grouped_once: float = 60.0
-    """Sorting, gathering and adding, whatever the size."""
-    expert_grouped: float = 16.0
+    grouped_once: float = 300.0
+    """What `add_grouped` does whatever the size: sorting, gathering and adding."""
+    expert_grouped: float = 9.5
     """Two matrix products and what calls them, for one expert."""
-    assignment_grouped: float = 2.5
+    assignment_grouped: float = 0.6
     """One row gathered, multiplied and added."""
-    megabyte: float = 50.0
+    megabyte: float = 57.0
     """Reading 2**20 bytes of factors from memory."""
 
 
@@ -32,7 +34,8 @@ def expected_chosen(assignments: int, experts: int) -> float:
 
 def microseconds_each(tokens: int, k: int, *, rank: int, width: int, costs: Costs = MEASURED) -> float:
     """Of `add_each`; `width` is d_in + d_out."""
-    return tokens * k * (costs.assignment_each + costs.megabyte * 4 * rank * width / 2**20)
+    reading = costs.megabyte * 4 * rank * width / 2**20
+    return costs.each_once + tokens * k * (costs.assignment_each + reading)
 
 
 def microseconds_grouped(tokens: int, k: int, *, experts: int, rank: int, width: int, costs: Costs = MEASURED) -> float:

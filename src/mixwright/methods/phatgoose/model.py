@@ -105,7 +105,7 @@ def token_router(
         pooling=config.pooling,
         consensus=config.consensus,
         prior=config.prior,
-        stream=seen.stream,
+        stream=seen.shared_as,
         order=seen.order,
     )
 
@@ -145,8 +145,8 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
         return next(kind for kind, without in lacking.items() if not without)
     if lacking[router]:
         raise ValueError(
-            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train gates "
-            "(`mixwright train RECIPE --stage gate`), take signatures (`mixwright experts sign`), or set router=auto."
+            f"router={router!r} needs {router} for every expert; {', '.join(lacking[router][:5])} has none. Train "
+            "gates (`mixwright train RECIPE --stage gate`), take signatures (`experts sign`), or router=auto."
         )
     return router
 
