@@ -1,6 +1,6 @@
 """Every system of the PHATGOOSE comparison over one trained pool, as one composed model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,25 @@ SIGNATURE_SHARINGS = {
     "signature + pooling": [Sharing(pooling=decay) for decay in (0.5, 0.8, 0.95)],
 }
 
+CORE = (
+    "backbone",
+    "merged product",
+    "merged, weight chosen",
+    "parameter average",
+    "multitask LoRA (sees all data)",
+    "retrieval",
+    "random prototypes",
+    "Arrow",
+    "average activation",
+    "PHATGOOSE",
+    "PHATGOOSE, k=1",
+    "PHATGOOSE, k=all",
+    "PHATGOOSE + pooling",
+    "PHATGOOSE + consensus",
+    "signature (rank 16)",
+    "signature + pooling",
+)
+
 
 @dataclass(frozen=True)
 class OwnText:
@@ -68,9 +87,9 @@ def all_systems(
     validation: Sequence[AbstractTask],
     metric: str,
     seed: int,
-    known: Mapping[str, str] | None = None,
+    core: bool = False,
 ) -> tuple[list[System], dict[str, str]]:
-    """The systems, and which settings were chosen on held-in validation; `known` were chosen by another seed."""
+    """The systems, and which settings were chosen on held-in validation; with `core` only those of `CORE`."""
     gates: dict[str, AbstractScores] = {site: PrototypeScores(rows) for site, rows in pool.parts.gates.items()}
     average = average_activations(model, own.averages)
     signs = _signatures(model, own.averages, (0, 16))
@@ -95,10 +114,10 @@ def all_systems(
     chosen: dict[str, str] = {}
 
     def keep_best(name: str, tried: dict[str, System]) -> None:
-        best = (known or {}).get(name)
-        if best is None:
-            means = evaluate(model, validation, list(tried.values())).means(metric)
-            best = (min if metric in LOWER_IS_BETTER else max)(tried, key=means.__getitem__)
+        if core and name not in CORE:
+            return
+        means = evaluate(model, validation, list(tried.values())).means(metric)
+        best = (min if metric in LOWER_IS_BETTER else max)(tried, key=means.__getitem__)
         chosen[name] = best
         found.append(replace(tried[best], name=name))
 
@@ -107,6 +126,8 @@ def all_systems(
             settings = {str(sharing): sharing for sharing in grid}
             keep_best(name, {t: systems.scored(t, model, scores, TOP_K, sharing=s) for t, s in settings.items()})
     keep_best("merged, weight chosen", {f"weight={w}": systems.merged(model, w, f"weight={w}") for w in MERGES})
+    if core:
+        return [system for system in found if system.name in {*CORE, *pool.names}], chosen
     plain, weighted = noisy_systems(model, pool, validation)
     found.append(plain)
     keep_best("PHATGOOSE, a random expert more, quality", weighted)

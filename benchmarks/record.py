@@ -1,9 +1,11 @@
 """What every result file says about where it was measured."""
 
+import json
 import platform
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,13 @@ def surroundings(started: float) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         "cpu_seconds": round(time.process_time() - started, 1),
     }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result with its numbers to five digits."""
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 
 def _processor() -> str:

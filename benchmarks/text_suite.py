@@ -8,7 +8,6 @@ Trained parts are kept under --cache, so that evaluation can be repeated alone. 
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.pool_systems import OwnText, all_systems, composed_pool
-from benchmarks.record import summary, surroundings
+from benchmarks.record import summary, surroundings, write_json
 from benchmarks.side_by_side import Parts, Stages, train_experts, train_gates
 from benchmarks.text_tasks import HELD_IN, HELD_OUT, MAX_TOKENS, LabelledTask, TextRows, Tokenise, label_loss, read_task
 from benchmarks.trained_pool import TrainedPool, random_weights, stacked
@@ -45,29 +44,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="texts in a training batch; the paper: 1024")
     parser.add_argument("--examples", type=int, default=120, help="first test rows of each held-out task; 0 is all")
     parser.add_argument("--held-in-examples", type=int, default=20, help="the same of each held-in task")
+    parser.add_argument("--decisive-examples", type=int, default=500, help="of each held-out task, for a few systems")
     parser.add_argument("--backwards", action="store_true", help="train the last expert first, beside a second process")
-    parser.add_argument("--core", action="store_true", help="later seeds: the core systems, settings of the first seed")
+    parser.add_argument("--core", action="store_true", help="of later seeds only the core systems")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--again", action="store_true", help="evaluate although the cache has scores")
     return parser.parse_args()
 
 
-CORE = (
-    "backbone",
-    "merged product",
-    "merged, weight chosen",
-    "multitask LoRA (sees all data)",
-    "retrieval",
-    "Arrow",
-    "average activation",
-    "PHATGOOSE",
-    "PHATGOOSE, k=1",
-    "PHATGOOSE, k=all",
-    "PHATGOOSE + pooling",
-    "PHATGOOSE + consensus",
-    "signature (rank 16)",
-    "signature + pooling",
-)
+DECISIVE = ("backbone", "merged product", "random prototypes", "average activation", "PHATGOOSE", "PHATGOOSE, k=all")
+"""Is it routing that helps on held-out tasks? These are measured on more examples."""
 
 
 def load_backbone(folder: Path | None) -> tuple[nn.Module, Tokenise]:
@@ -166,13 +152,6 @@ def own_text(tasks: list[LabelledTask], tokenise: Tokenise) -> OwnText:
     )
 
 
-def first_settings(args: argparse.Namespace, seed: int) -> dict[str, str] | None:
-    """What the first seed chose on held-in validation, for the later seeds of a run with --core."""
-    if not args.core or seed == 0:
-        return None
-    return torch.load(scores_file(args, 0), weights_only=False)["chosen"]
-
-
 def scores_file(args: argparse.Namespace, seed: int) -> Path:
     """Where a seed's scores are kept."""
     return args.cache / f"seed{seed}-{args.expert_steps}-{args.gate_steps}-{args.examples}.scores"
@@ -189,10 +168,8 @@ def evaluate_seed(
 ) -> dict[str, Any]:
     """Held-out and held-in scores of every system, and the held-out ones with labels embedded by the system itself."""
     validation = [test_task(task, task.validation, tokenise, 8) for task in held_in]
-    known = first_settings(args, seed)
-    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed, known)
-    if known:
-        found = [system for system in found if system.name in {*CORE, *pool.names}]
+    core = args.core and seed != args.seeds[0]
+    found, chosen = all_systems(model, pool, own_text(held_in, tokenise), validation, "nats", seed, core)
 
     def say(system: str, task: str) -> None:
         print(f"seed {seed}: {system} on {task}", flush=True)
@@ -200,12 +177,15 @@ def evaluate_seed(
     zero_shot = [test_task(task, task.test, tokenise, args.examples) for task in held_out]
     own = [test_task(task, task.test, tokenise, args.held_in_examples) for task in held_in]
     moved = [test_task(task, task.test, tokenise, args.examples, anchors=False) for task in held_out]
-    few = [s for s in found if s.name in {"backbone", "merged product", "PHATGOOSE", "multitask LoRA (sees all data)"}]
+    few = [system for system in found if system.name in DECISIVE]
+    named = [system for system in found if system.name in ("backbone", "merged product", "PHATGOOSE")]
+    more = [test_task(task, task.test, tokenise, args.decisive_examples) for task in held_out]
     return {
         "chosen": chosen,
         "held-out": evaluate(model, zero_shot, found, seed=seed, progress=say).with_best_experts(pool.names).scores,
         "held-in": evaluate(model, own, found, seed=seed).with_best_experts(pool.names).scores,
-        "held-out, labels embedded by the system": evaluate(model, moved, few, seed=seed).scores,
+        "held-out, more examples": evaluate(model, more, few, seed=seed).scores,
+        "held-out, labels embedded by the system": evaluate(model, moved, named, seed=seed).scores,
     }
 
 
@@ -251,8 +231,7 @@ def report(args: argparse.Namespace, runs: dict[int, dict[str, Any]], started: f
             kept["without_sst2"] = table.means("accuracy", without)
         print(f"\n### {exam}\n\n{kept['markdown']}\n", flush=True)
     result |= {"settings": {k: str(v) for k, v in vars(args).items()}, **surroundings(started)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":
