@@ -53,7 +53,11 @@ def doctor(
     troubles = [
         f"package {name} is missing: pip install mixwright" for name, has in report["packages"].items() if not has
     ]
-    troubles += [f"expert {one['expert']}: {one['code']} {one['message']}" for one in report["findings"] or ()]
+    findings = [
+        (one["level"], f"expert {one['expert']}: {one['code']} {one['message']}") for one in report["findings"] or ()
+    ]
+    troubles += [text for level, text in findings if level == "error"]
+    report["warnings"] = [text for level, text in findings if level == "warning"]
     report["troubles"] = troubles
     if as_json:
         print_json(report)
@@ -77,11 +81,14 @@ def _torch() -> dict[str, Any] | None:
         return None
     import torch
 
+    from mixwright.ops import kernels
+
     cuda = torch.cuda.is_available()
     return {
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
+        "compiled dispatch": kernels.status(),
         "grouped_mm": hasattr(torch.nn.functional, "grouped_mm"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "bf16": torch.cuda.is_bf16_supported() if cuda else None,
@@ -115,4 +122,4 @@ def _print(report: dict[str, Any]) -> None:
     facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
     facts += [(f"dispatch of {key}", value) for key, value in report["paths"].items()]
     print_table(("fact", "value"), facts)
-    print("\n".join(report["troubles"]) or "No trouble found.")
+    print("\n".join([*report["warnings"], *(report["troubles"] or ["No trouble found."])]))
