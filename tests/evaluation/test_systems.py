@@ -128,7 +128,9 @@ def test_every_system_runs_on_one_model_and_all_off_is_the_composition(model, ki
     ]
     table = evaluate(model, [TokenTask("t", batches(kind, 0, 8))], found)
     row = table.cells("nats")["t", 0]
-    assert torch.equal(row["routed"], row["the same scores"]) and torch.equal(row["routed"], row["off"])
+    assert torch.equal(row["off"], row["the same scores"])
+    # the composition scores sites that read one tensor together, so the last bits differ
+    torch.testing.assert_close(row["routed"], row["off"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(row["offset"], row["expert2"], atol=1e-5, rtol=1e-5)
     assert all(torch.isfinite(values).all() for values in row.values())
     for name in ("all", "null", "shared", "random prototypes", "Arrow", "SpectR"):
