@@ -97,12 +97,14 @@ def _torch() -> dict[str, Any] | None:
 
 def _paths() -> dict[str, str]:
     """What dispatch picks at inference for a linear layer of 2048 x 2048, 36 experts of rank 16, two per token."""
+    from mixwright.ops import kernels
     from mixwright.ops.cost import cheaper_one_by_one
 
     def path(tokens: int) -> str:
         return "one by one" if cheaper_one_by_one(tokens, 2, experts=36, rank=16, width=4096) else "grouped by expert"
 
-    return {f"{tokens} tokens" if tokens > 1 else "1 token": path(tokens) for tokens in (1, 16, 512)}
+    plain = {f"{tokens} tokens" if tokens > 1 else "1 token": path(tokens) for tokens in (1, 16, 512)}
+    return {"float32, compiled": kernels.status(), **plain}
 
 
 def _catalog(folder: str) -> list[dict[str, str]]:
