@@ -111,8 +111,8 @@ def evaluate(
     """
     sources = [data] if isinstance(data, str | Path) else data
     reader = tokenizer or _tokenizer(model)
-    options = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
-    tasks = file_tasks(model, reader, [str(source) for source in sources], **options)
+    files = [str(source) for source in sources]
+    tasks = file_tasks(model, reader, files, batch_size=batch_size, max_length=max_length, limit=limit)
     table = score(model, tasks, chosen_systems(model, systems, seed=seed), seed=seed)
     return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in systems else table
 
@@ -138,9 +138,8 @@ def measure(
     try:
         model.index(expert)
         reader = tokenizer or _tokenizer(model)
-        options = {"batch_size": 16, "max_length": 512, "limit": limit}
-        (own,) = file_tasks(model, reader, [str(held_out)], **options)
-        wide = None if general is None else file_tasks(model, reader, [str(general)], **options)[0]
+        (own,) = file_tasks(model, reader, [str(held_out)], limit=limit)
+        wide = None if general is None else file_tasks(model, reader, [str(general)], limit=limit)[0]
         gates = {other: found for other in shelf.ids() if (found := shelf.expert(other).gates) is not None}
         quality = measure_quality(model, expert, held_out=own, general=wide, gates=gates)
     finally:

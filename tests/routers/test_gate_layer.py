@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm
 from mixwright.experts.lora import LoraExperts
 from mixwright.routers import gate
 from mixwright.routers.gate import PrototypeScores
-from mixwright.routers.token import TokenRouter
+from mixwright.routers.token import TokenRouter, choose, choose_among_all
 from mixwright.routing import Condition
 
 TOLERANCE = 1e-5
@@ -222,3 +222,22 @@ def test_a_masked_expert_cannot_move_a_bit_whatever_it_holds():
     router.scores.prototypes[3] = torch.nan
     after, _ = layer.output(router)
     assert (before == after).all()
+
+
+def test_the_short_way_when_all_are_allowed_is_the_masked_one_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(5, 7, 12).round(decimals=1)  # with ties
+    short, masked = choose_among_all(scores, 3), choose(scores, 3)
+    assert torch.equal(short.weights, masked.weights) and torch.equal(short.indices, masked.indices)
+
+
+def test_a_mask_that_is_set_later_is_seen() -> None:
+    router = TokenRouter(PrototypeScores(torch.randn(4, 8)), 2)
+    x = torch.randn(16, 8)
+    before = router(x, Condition())
+    assert set(before.indices.flatten().tolist()) == {0, 1, 2, 3}
+    router.allowed[2] = False
+    after = router(x, Condition())
+    assert 2 not in after.indices[after.weights > 0].tolist()
+    router.allowed[2] = True
+    assert torch.equal(router(x, Condition()).weights, before.weights)

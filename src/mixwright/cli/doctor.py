@@ -53,7 +53,11 @@ def doctor(
     troubles = [
         f"package {name} is missing: pip install mixwright" for name, has in report["packages"].items() if not has
     ]
-    troubles += [f"expert {one['expert']}: {one['code']} {one['message']}" for one in report["findings"] or ()]
+    findings = [
+        (one["level"], f"expert {one['expert']}: {one['code']} {one['message']}") for one in report["findings"] or ()
+    ]
+    troubles += [text for level, text in findings if level == "error"]
+    report["warnings"] = [text for level, text in findings if level == "warning"]
     report["troubles"] = troubles
     if as_json:
         print_json(report)
@@ -77,11 +81,14 @@ def _torch() -> dict[str, Any] | None:
         return None
     import torch
 
+    from mixwright.ops import kernels
+
     cuda = torch.cuda.is_available()
     return {
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
+        "compiled dispatch": kernels.status(),
         "grouped_mm": hasattr(torch.nn.functional, "grouped_mm"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "bf16": torch.cuda.is_bf16_supported() if cuda else None,
@@ -90,12 +97,14 @@ def _torch() -> dict[str, Any] | None:
 
 def _paths() -> dict[str, str]:
     """What dispatch picks at inference for a linear layer of 2048 x 2048, 36 experts of rank 16, two per token."""
+    from mixwright.ops import kernels
     from mixwright.ops.cost import cheaper_one_by_one
 
     def path(tokens: int) -> str:
         return "one by one" if cheaper_one_by_one(tokens, 2, experts=36, rank=16, width=4096) else "grouped by expert"
 
-    return {f"{tokens} tokens" if tokens > 1 else "1 token": path(tokens) for tokens in (1, 16, 512)}
+    plain = {f"{tokens} tokens" if tokens > 1 else "1 token": path(tokens) for tokens in (1, 16, 512)}
+    return {"float32, compiled": kernels.status(), **plain}
 
 
 def _catalog(folder: str) -> list[dict[str, str]]:
@@ -115,4 +124,4 @@ def _print(report: dict[str, Any]) -> None:
     facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
     facts += [(f"dispatch of {key}", value) for key, value in report["paths"].items()]
     print_table(("fact", "value"), facts)
-    print("\n".join(report["troubles"]) or "No trouble found.")
+    print("\n".join([*report["warnings"], *(report["troubles"] or ["No trouble found."])]))

@@ -66,7 +66,7 @@ def train(
     elif dry_run:
         _show_plan(report)
     else:
-        _show_result(report)
+        _show_result(report, read_recipe(recipe, settings or ()).catalog)
 
 
 def _plain(report: "TrainingReport") -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _show_plan(report: "TrainingReport") -> None:
     say("The data was read and checked. Nothing was trained. Activations are measured on one example and scaled up.")
 
 
-def _show_result(report: "TrainingReport") -> None:
+def _show_result(report: "TrainingReport", catalog: str | None) -> None:
     rows = [
         (
             name,
@@ -119,4 +119,4 @@ def _show_result(report: "TrainingReport") -> None:
         say(f"done before: {', '.join(report.skipped)}")
     if any(fitted.best is not None and fitted.best[0] == 0 for fitted in report.stages.values()):
         say("No step was better than the untrained expert on the held-out data; the untrained one was kept.")
-    say(f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {report.expert}")
+    say(f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {catalog} {report.expert}")

@@ -16,6 +16,7 @@ from mixwright.routers.consensus import (
     whole_mean,
 )
 from mixwright.routers.pooling import pool_both_ways, pool_causal
+from mixwright.routers.remembered import Remembered
 from mixwright.routing import Condition, Routing, RoutingMemory
 
 STREAMS = ("decoder", "encoder", "cross")
@@ -88,6 +89,7 @@ class TokenRouter(AbstractRouter):
             "offset", None if offset is None else self._for_pool("offset", offset, torch.zeros(self.num_experts))
         )
         self.allowed: Tensor
+        self._everyone = Remembered(_all_true)
         self.offset: Tensor | None
 
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
@@ -100,10 +102,18 @@ class TokenRouter(AbstractRouter):
             scores = torch.cat([scores, torch.full_like(scores[..., :1], self.null_expert)], -1)
         if self.offset is not None:
             scores = scores + self.offset
+        if self._only_the_paper():
+            return choose_among_all(scores, self.top_k)
         logits = scores.masked_fill(~self.allowed, -torch.inf)
         if (self.consensus > 0.0 or self.prior > 0.0) and not alone:
             logits = self._agreed(logits, condition)
         return choose(logits, self.top_k, None if self.null_expert is None else self.num_experts - 1)
+
+    def _only_the_paper(self) -> bool:
+        """Whether every expert may be chosen and nothing is shared, so that no score is -inf."""
+        if self.consensus > 0.0 or self.prior > 0.0 or self.null_expert is not None or torch.compiler.is_compiling():
+            return False
+        return bool(self._everyone(self.allowed, dtype=torch.bool))
 
     def _pooled(self, scores: Tensor, condition: Condition) -> Tensor:
         memory = self._memory(condition)
@@ -175,12 +185,22 @@ class TokenRouter(AbstractRouter):
         return torch.cat([given.to(neutral.dtype), neutral[len(given) :].to(given.device)])
 
 
+def _all_true(mask: Tensor) -> Tensor:
+    return mask.all().cpu()
+
+
 def _by_sequence(rows: Tensor, memory: RoutingMemory) -> Tensor:
     """`(batch, seq, experts)`, whatever axes a layer had: some models flatten batch and seq, some have no seq."""
     if rows.dim() == 3:
         return rows
     batch = memory.rows or rows.shape[0]
     return rows.reshape(batch, -1, rows.shape[-1])
+
+
+def choose_among_all(scores: Float[Tensor, "*batch experts"], k: int) -> Routing:
+    """Softmax over the `k` largest scores, of which none is -inf: what `choose` gives, in fewer operations."""
+    values, indices = top_k(scores, k)
+    return Routing(torch.softmax(values, -1), scores.shape[-1], indices)
 
 
 def choose(scores: Float[Tensor, "*batch experts"], k: int, null_expert: int | None = None) -> Routing:

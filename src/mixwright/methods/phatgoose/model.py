@@ -153,14 +153,14 @@ def scored_by(experts: Sequence["Expert"], router: str) -> str:
 
 def _scores(path: str, experts: Sequence["Expert"], router: str) -> AbstractScores:
     """Step 2. An expert that does not adapt this site scores 0 and is masked by the router."""
-    present = [expert if path in expert.factors else None for expert in experts]
+    adapting = [expert if path in expert.factors else None for expert in experts]
     if router == "gates":
-        gates = [expert and expert.gates and expert.gates.get(path) for expert in present]
-        width = next(expert.factors[path].down.shape[1] for expert in present if expert)
-        zero = torch.zeros(width)
+        gates = [(expert.gates or {}).get(path) if expert else None for expert in adapting]
+        zero = torch.zeros(next(gate.shape for gate in gates if gate is not None))
         return PrototypeScores(torch.stack([zero if gate is None else gate.float() for gate in gates]))
     if router == "signatures":
-        own = [expert and expert.signatures and expert.signatures.get(path) for expert in present]
-        return SignatureScores.from_signatures(own)
-    factors = [expert and expert.factors[path] for expert in present]
+        return SignatureScores.from_signatures(
+            [(expert.signatures or {}).get(path) if expert else None for expert in adapting]
+        )
+    factors = [expert.factors[path] if expert else None for expert in adapting]
     return ArrowScores.from_lora([f and (f.down.float(), f.up.float(), f.scale) for f in factors])
