@@ -5,7 +5,8 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def load_backbone(
     model.config._name_or_path = name
     model.config._commit_hash = commit
     return model.eval()
+
+
+@contextmanager
+def without_bars() -> Generator[None]:
+    """Inside the block transformers draws no bars for loading and writing weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> Any:

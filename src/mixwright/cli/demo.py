@@ -24,7 +24,7 @@ def demo(
         "mixwright-demo"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Train everything anew.")] = False,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of the backbone.")] = 300,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of the backbone.")] = 220,
     experts: Annotated[int, typer.Option("--experts", min=2, max=8, help="Experts at most.")] = 6,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +41,7 @@ def demo(
 
     from rich.console import Console
 
-    found = demonstrate(folder, Console(file=io.StringIO()), steps=steps, experts=experts, fresh=fresh)
+    found = demonstrate(folder, Console(file=io.StringIO()), steps=steps, experts=experts, fresh=fresh, quiet=True)
     print_json(
         {
             "folder": str(found.folder),

@@ -16,7 +16,7 @@ from mixwright.training.stage import ParamGroup, Stage
 
 VOCABULARY = 1024
 CONTEXT = 128
-STEPS = 300
+STEPS = 220
 BATCH = 16
 _SHAPE = {
     "vocab_size": VOCABULARY,

@@ -12,8 +12,8 @@ from mixwright.catalog.store import Catalog
 from mixwright.demo.corpus import Domain
 
 RANK = 8
-EXPERT_STEPS = 40
-GATE_STEPS = 20
+EXPERT_STEPS = 32
+GATE_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def write_recipe(folders: Folders, domain: Domain) -> Path:
         "output_dir": str((folders.root / "runs" / domain.name).resolve()),
         "expert": {"id": domain.name, "task": f"continue {domain.what}", "licence": "unknown"},
         "data": {"train": str(texts.resolve()), "format": "text", "max_length": 128},
-        "train": {"batch_size": 16, "checkpoint_every": 1000},
+        "train": {"batch_size": 12, "checkpoint_every": 1000},
         # A backbone 128 units wide hardly moves at the paper's scale of 1 / rank.
         "config": {"rank": RANK, "alpha": float(RANK), "expert_steps": EXPERT_STEPS, "gate_steps": GATE_STEPS},
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixwright.api import compose
-from mixwright.backbones.hf import load_backbone, load_tokenizer
+from mixwright.backbones.hf import load_backbone, load_tokenizer, without_bars
 from mixwright.catalog.store import Catalog
 from mixwright.demo import backbone as backbones
 from mixwright.demo import compare, corpus, pool
@@ -44,15 +44,27 @@ class Demonstration:
 
 
 def demonstrate(
-    folder: Path, console: "Console", *, steps: int = backbones.STEPS, experts: int = EXPERTS, fresh: bool = False
+    folder: Path,
+    console: "Console",
+    *,
+    steps: int = backbones.STEPS,
+    experts: int = EXPERTS,
+    fresh: bool = False,
+    quiet: bool = False,
 ) -> Demonstration:
-    """Run the demo in `folder`, printing as it goes. Parts that an earlier run left there are used again.
+    """Run the demo in `folder`, printing as it goes. Parts that an earlier run left there are used again. `quiet`: no
+    progress of the training.
 
     Raises ValueError where fewer than two domains have enough text on this machine.
     """
+    with without_bars():
+        return _demonstrate(Folders(folder), console, steps, experts, fresh=fresh, quiet=quiet)
+
+
+def _demonstrate(
+    folders: Folders, console: "Console", steps: int, experts: int, *, fresh: bool, quiet: bool
+) -> Demonstration:
     began = time.monotonic()
-    folders = Folders(folder)
-    quiet = not console.is_terminal
     prose, domains = _find(console, experts)
     _prepare(folders, prose, domains, steps, fresh, console, quiet)
     for domain in domains:
@@ -70,7 +82,7 @@ def demonstrate(
     documents = mix(ordered, tokenizer, DOCUMENTS)
     table = compare.compare(composed, catalog, documents, lambda system: None)
     found = Demonstration(
-        folder=folder,
+        folder=folders.root,
         domains=tuple(domain.name for domain in domains),
         corpus=corpus.digest((prose, *domains)),
         gains=gains,
@@ -138,16 +150,15 @@ def _show_table(found: Demonstration, console: "Console") -> None:
     means = found.table.intervals("nats")
     gaps = found.table.differences("nats", compare.MERGED)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("system")
-    for column in ("nats per token", "95 %", f"minus {compare.MERGED}", "95 %"):
-        grid.add_column(column, justify="right")
+    grid.add_column("system", no_wrap=True)
+    for column in ("nats/token", f"minus {compare.MERGED}, 95 %"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for system in sorted(means, key=lambda name: -means[name].value):
         if system in found.domains:
             continue
         mean, gap = means[system], gaps[system]
         style = "bold" if system == compare.ROUTED else None
-        spans = (f"{mean.low:.3f} .. {mean.high:.3f}", f"{gap.value:+.3f}", f"{gap.low:+.3f} .. {gap.high:+.3f}")
-        grid.add_row(system, f"{mean.value:.3f}", *spans, style=style)
+        grid.add_row(system, f"{mean.value:.3f}", f"{gap.value:+.3f} ({gap.low:+.3f} .. {gap.high:+.3f})", style=style)
     console.print(grid)
     for line in found.verdict:
         console.print(f"  {line}", highlight=False)
