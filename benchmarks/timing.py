@@ -94,7 +94,7 @@ def machine(started: float) -> dict[str, Any]:
         **surroundings(started),
         "peft": version("peft") if find_spec("peft") else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "dispatch": kernels.status(),
+        "dispatch": kernels.status().replace(str(Path.home()), "~"),
         "load": [round(value, 2) for value in os.getloadavg()],
     }
 
