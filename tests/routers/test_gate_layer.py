@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 
 from mixwright.experts.lora import LoraExperts
-from mixwright.routers import gate
+from mixwright.routers import gate, token
 from mixwright.routers.gate import PrototypeScores
 from mixwright.routers.token import TokenRouter, choose, choose_among_all
 from mixwright.routing import Condition
@@ -241,3 +241,15 @@ def test_a_mask_that_is_set_later_is_seen() -> None:
     assert 2 not in after.indices[after.weights > 0].tolist()
     router.allowed[2] = True
     assert torch.equal(router(x, Condition()).weights, before.weights)
+
+
+def test_the_short_way_is_taken_where_all_are_allowed_and_only_there(monkeypatch) -> None:
+    taken: list[str] = []
+    for name in ("choose", "choose_among_all"):
+        way = getattr(token, name)
+        monkeypatch.setattr(token, name, lambda *given, way=way, name=name: taken.append(name) or way(*given))
+    router, x = TokenRouter(PrototypeScores(torch.randn(4, 8)), 2), torch.randn(3, 8)
+    router(x, Condition())
+    router.allowed[1] = False
+    router(x, Condition())
+    assert taken == ["choose_among_all", "choose"]

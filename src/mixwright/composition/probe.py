@@ -4,14 +4,15 @@ Names do not tell any of that in a foreign model, and one forward pass does.
 """
 
 import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.errors import IncompatibleExpert
 from mixwright.sites import fused_sites, target_sites
@@ -128,7 +129,7 @@ def refuse_tied(backbone: nn.Module, sites: Sequence[str]) -> None:
 
 def _run(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any], *, must: bool) -> _Log | None:
     log = _Log()
-    with ExitStack() as hooks, _evaluating(backbone), torch.no_grad():
+    with ExitStack() as hooks, eval_mode(backbone):
         for path in sites:
             handle = backbone.get_submodule(path).register_forward_pre_hook(_recorder(path, log))
             hooks.callback(handle.remove)
@@ -228,14 +229,3 @@ def _stream(x: Tensor, lengths: Mapping[str, tuple[int, int]], *, inside: bool) 
                 return "encoder" if inside else "cross"
             return None if inside else "decoder"
     return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

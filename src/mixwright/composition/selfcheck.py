@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
@@ -97,17 +98,11 @@ def _check_site(model: ComposedModel, site: str, mixture: Mixture, pool: Pool, e
 
 
 def _check_model(model: ComposedModel, expert: str, sites: Mapping[str, Factors], inputs: Mapping[str, Any]) -> None:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            with model.only(expert):
-                got = _tensors(model(**inputs))
-            with model.disabled(), _plain_hooks(model, sites):
-                wanted = _tensors(model(**inputs))
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        with model.only(expert):
+            got = _tensors(model(**inputs))
+        with model.disabled(), _plain_hooks(model, sites):
+            wanted = _tensors(model(**inputs))
     for one, other in zip(got, wanted, strict=True):
         _compare(one, other, expert, "the whole model's output", slack=3.0)
 

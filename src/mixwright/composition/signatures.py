@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.composition.channel import Channel
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.composition.passes import begin_pass, named_arguments
 from mixwright.composition.probe import Probe, probe
@@ -110,15 +111,13 @@ def collect_signatures(
         arguments = named_arguments(module.forward, args, kwargs)
         begin_pass(channel, Condition(), arguments, two_streams=two_streams)
 
-    was_training = backbone.training
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks:
         if not composed:
             hooks.callback(backbone.register_forward_pre_hook(open_pass, with_kwargs=True).remove)
         for path in _one_of_each_group(paths, seen):
             listener = _listener(channel, seen.sites[path].stream, seen.sites[path].group, moments, rank)
             hooks.callback(backbone.get_submodule(path).register_forward_pre_hook(listener).remove)
-        backbone.eval()
-        hooks.callback(lambda: backbone.train(was_training))
+        hooks.enter_context(eval_mode(backbone))
         for batch in batches:
             model(**(_with_target_mask(batch) if two_streams else batch))
     missing = [path for path in paths if seen.sites[path].group not in moments]

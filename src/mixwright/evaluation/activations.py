@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import IGNORED, Batch
-from mixwright.evaluation.eval_mode import eval_mode
 
 
 @dataclass

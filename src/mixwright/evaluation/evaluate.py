@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
-from mixwright.evaluation.eval_mode import eval_mode
 from mixwright.evaluation.scores import AbstractTask
 from mixwright.evaluation.systems import System
 from mixwright.evaluation.table import Scores, Table

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mixwright.catalog.card import RESERVED
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
 from mixwright.evaluation.reading import Stream, inputs_of, read
@@ -104,7 +105,7 @@ def explain(
         model.index(without)
     streams = read(model, tokenizer, text, target)
     inputs = inputs_of(model, streams)
-    with _evaluating(model), torch.no_grad():
+    with eval_mode(model):
         tally, output = measured(model, {name: len(stream.ids) for name, stream in streams.items()}, inputs)
         leaders = {name: tally.leaders(name) for name in streams}
         losses = {"loss": _losses(model, streams, output)}
@@ -204,17 +205,6 @@ def _acting(experts: Sequence[str], weights: Sequence[float], contributions: Seq
         for expert in order[:_SHOWN]
         if weights[expert] > 0
     ]
-
-
-@contextmanager
-def _evaluating(model: ComposedModel) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _described(model: ComposedModel) -> dict[str, Any]:

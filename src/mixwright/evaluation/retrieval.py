@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import IGNORED, Batch
-from mixwright.evaluation.embedding import mean_pool
-from mixwright.evaluation.eval_mode import eval_mode
+from mixwright.ops.mean_pool import mean_pool
 
 Embedding = Callable[[ComposedModel, Batch], Float[Tensor, "batch width"]]
 """A text's embedding, of length 1; it must not look at the target."""

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
-from mixwright.evaluation.eval_mode import eval_mode
 from mixwright.evaluation.evaluate import evaluate
 from mixwright.evaluation.scores import AbstractTask
 from mixwright.evaluation.systems import composed

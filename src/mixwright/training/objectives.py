@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from mixwright.data.collate import IGNORED, Batch
+from mixwright.ops.mean_pool import sentence_embedding
 
 TEMPERATURE = 0.05
 
@@ -50,10 +51,9 @@ def label_matching(model: Any, batch: Batch) -> Tensor:
 
 def embed(model: Any, inputs: Any) -> Tensor:
     """The mean of the last hidden state over real tokens, of length 1: `(batch, width)`, float32."""
-    hidden = model(**inputs).last_hidden_state.float()
-    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    hidden = model(**inputs).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
-        return normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0), dim=-1)
+        return sentence_embedding(hidden, inputs["attention_mask"])
 
 
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
