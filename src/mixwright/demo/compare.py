@@ -1,6 +1,7 @@
 """The demo's table: every system on the same mixed documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ SIGNED = "signatures with pooled scores"
 POOLING = 0.8
 
 
-def compare(
-    model: ComposedModel, catalog: Catalog, documents: MixedDocuments, progress: Callable[[str], None]
-) -> Table:
+def compare(model: ComposedModel, catalog: Catalog, documents: MixedDocuments) -> Table:
     """Scores of the backbone, each expert, merging, Arrow, routing and the oracle, document by document.
 
     `pooling` is fixed beforehand; the strength of the tuned merge and the best single expert are chosen on these very
@@ -52,8 +51,7 @@ def compare(
         _pooled_signatures(model, catalog),
         documents.oracle(len(model.experts)),
     ]
-    task = documents.task()
-    table = evaluate(model, [task], systems, progress=lambda system, _: progress(system))
+    table = evaluate(model, [documents.task()], systems)
     return _named(table.with_best_experts(model.experts), [system.name for system in strengths.values()])
 
 
@@ -86,14 +84,8 @@ def _named(table: Table, strengths: Sequence[str]) -> Table:
     names = {strengths[0]: MERGED}
     kept = [score for score in table.scores if score.system not in strengths[1:] and score.system != ORACLE]
     chosen = next(score for score in table.scores if score.system == best and score.metric == "nats")
-    renamed = [_renamed(score, names.get(score.system, score.system)) for score in kept if score.metric == "nats"]
-    return Table([*renamed, _renamed(chosen, TUNED)])
-
-
-def _renamed(score: Any, name: str) -> Any:
-    from dataclasses import replace
-
-    return replace(score, system=name)
+    renamed = [replace(score, system=names.get(score.system, score.system)) for score in kept if score.metric == "nats"]
+    return Table([*renamed, replace(chosen, system=TUNED)])
 
 
 def verdict(table: Table) -> list[str]:
@@ -116,10 +108,8 @@ def _sentence(system: str, other: str, gap: Any) -> str:
     return f"{system} and {other} are level here: {gap.value:+.3f} nats per token ({gap.low:+.3f} .. {gap.high:+.3f})."
 
 
-def shown_document(documents: MixedDocuments, tokenizer: Any, model: ComposedModel) -> str:
+def shown_document(documents: MixedDocuments, tokenizer: Any, table: Table) -> str:
     """The text of the mixed document on which routing gains most over the backbone."""
-    task = documents.task()
-    table = evaluate(model, [task], [backbone(), composed(ROUTED)])
-    cells = next(iter(table.cells("nats").values()))
-    at = int(torch.argmax(cells["backbone"] - cells[ROUTED]))
+    (row,) = table.cells("nats").values()
+    at = int(torch.argmax(row["backbone"] - row[ROUTED]))
     return str(tokenizer.decode(documents.tokens[at].tolist()))

@@ -80,7 +80,7 @@ def _demonstrate(
     ordered = [next(domain for domain in domains if domain.name == expert) for expert in composed.experts]
     gains = compare.gains(composed, ordered, tokenizer)
     documents = mix(ordered, tokenizer, DOCUMENTS)
-    table = compare.compare(composed, catalog, documents, lambda system: None)
+    table = compare.compare(composed, catalog, documents)
     found = Demonstration(
         folder=folders.root,
         domains=tuple(domain.name for domain in domains),
@@ -91,7 +91,7 @@ def _demonstrate(
         seconds=time.monotonic() - began,
     )
     _show_table(found, console)
-    _show_document(composed, tokenizer, documents, folders, console)
+    _show_document(composed, tokenizer, documents, table, folders, console)
     _leave(composed, found, folders)
     _next_steps(folders, console, time.monotonic() - began)
     return found
@@ -165,10 +165,15 @@ def _show_table(found: Demonstration, console: "Console") -> None:
 
 
 def _show_document(
-    model: "ComposedModel", tokenizer: object, documents: MixedDocuments, folders: Folders, console: "Console"
+    model: "ComposedModel",
+    tokenizer: object,
+    documents: MixedDocuments,
+    table: Table,
+    folders: Folders,
+    console: "Console",
 ) -> None:
     console.print("\n[bold]5. Look[/bold]: one of these documents, each token in the colour of its leading expert\n")
-    explained = explain(model, tokenizer, compare.shown_document(documents, tokenizer, model))
+    explained = explain(model, tokenizer, compare.shown_document(documents, tokenizer, table))
     print_explanation(explained, console)
     folders.page.write_text(explanation_page(explained), encoding="utf-8")
 
