@@ -58,8 +58,6 @@ def test_products_of_parts_are_those_of_the_materialised_updates() -> None:
     parts = (down.mT @ whole_up + whole_down.mT @ up) / (2 * 3)
     update = whole_down.mT @ whole_up / 3
     torch.testing.assert_close(parts.sum(1), update[:, 0], rtol=1e-12, atol=1e-12)
-    found = update_products(
-        torch.einsum("bsjd,bpkd->bspjk", down, down), torch.einsum("bsjd,bpkd->bspjk", up, up)
-    )
+    found = update_products(torch.einsum("bsjd,bpkd->bspjk", down, down), torch.einsum("bsjd,bpkd->bspjk", up, up))
     torch.testing.assert_close(found, torch.einsum("bsio,bpio->bsp", parts, parts), rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(found.sum((1, 2)), update.square().sum((1, 2, 3)), rtol=1e-12, atol=1e-10)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,7 +29,8 @@ def average_linkage(distances: Float[Tensor, "things things"]) -> list[Merge]:
     for _ in range(count - 1):
         first, second = sorted(divmod(int(between.argmin()), count))
         height, joined = float(between[first, second]), sizes[first] + sizes[second]
-        merges.append(Merge(*sorted((clusters[first], clusters[second])), height, joined))
+        left, right = sorted((clusters[first], clusters[second]))
+        merges.append(Merge(left, right, height, joined))
         row = (sizes[first] * between[first] + sizes[second] * between[second]) / joined
         row[first] = float("inf")
         between[first], between[:, first] = row, row

@@ -31,8 +31,8 @@ class TaskTable:
 
     `weights`: [task][position][expert]; of more than four positions the mean. With z the logits, w the weights and S
     experts, means over positions: `discreteness` mean binary entropy of sigmoid(z) / log 2 (0 on or off, 1 undecided);
-    `sparsity` share of sigmoid(z) over 0.5 (both None where nothing is learned); `usage` entropy of the mean row / log S
-    (1 all experts equally); `peakiness` 1 - mean entropy of a row / log S (0 uniform, 1 one expert per task);
+    `sparsity` share of sigmoid(z) over 0.5 (both None where nothing is learned); `usage` entropy of the mean row over
+    log S (1 all experts equally); `peakiness` 1 - mean entropy of a row / log S (0 uniform, 1 one expert per task);
     `separation` usage - 1 + peakiness (0: every task has the same row). None where there is one expert. `agreement`:
     mean correlation, with the other routers, of the distances between tasks.
     """
@@ -71,7 +71,7 @@ class LayerParts:
 @dataclass(frozen=True, kw_only=True)
 class TaskRouting:
     """A model routed by task, in plain lists. `merges` is the tree of tasks by average linkage, in scipy's numbering,
-    over `distances`: total variation between two tasks' weights, mean over sites (0 the same experts, 1 none in common).
+    over `distances`: total variation between two tasks' weights, mean over sites (0 the same, 1 no expert in common).
     """
 
     tasks: list[str]
@@ -111,7 +111,9 @@ def task_routing(model: ComposedModel) -> TaskRouting:
         routers.setdefault(id(mixture.router), (mixture.router, []))[1].append(site)
     tables = [_table(router, len(tasks)) for router, _ in routers.values()]
     places = {key: place for place, key in enumerate(routers)}
-    layers = [_layer(mixture, places[id(mixture.router)], tables[places[id(mixture.router)]]) for mixture in mixtures.values()]
+    layers = [
+        _layer(mixture, places[id(mixture.router)], tables[places[id(mixture.router)]]) for mixture in mixtures.values()
+    ]
     distances = [_distances(table) for table in tables]
     sites = torch.tensor([float(len(sites)) for _, sites in routers.values()])
     mean = sum(weight * distance for weight, distance in zip(sites / sites.sum(), distances))
@@ -132,7 +134,7 @@ def task_routing(model: ComposedModel) -> TaskRouting:
         merges=merges,
         order=leaf_order(merges, len(tasks)),
         agreement=sum(known) / len(known) if known else None,
-        cost=asdict(cost()) if callable(cost) else {},
+        cost={name: int(count) for name, count in vars(cost()).items()} if callable(cost) else {},
         composition=asdict(model.composition),
     )
 
