@@ -76,7 +76,7 @@ OTHERS: dict[str, tuple[str, str, str]] = {
     "rank": ("rank: 2", "rank: 4", r"SHAPE .*rank 4.*Load it with the config that it was saved with"),
     "kind": ("experts: tensorpoly-1", "experts: tensorpoly-2", r"SHAPE .*tensorpoly-2 of order 2.*groups 1"),
     "latent": ("num_latent: 3", "num_latent: 2", r"SHAPE pool.* 3 experts and the config num_latent=2"),
-    "tasks": ("  - sentiment\n", "", r"SHAPE .*logits \(3, 3\).*2 tasks.*wants logits \(2, 3\)"),
+    "tasks": (", sentiment]", "]", r"SHAPE .*logits \(3, 3\).*2 tasks.*wants logits \(2, 3\)"),
     "unrouted": ("experts: tensorpoly-1", "experts: tlora", r"SHAPE .*logits \(3, 3\).*wants weights \(3,\)"),
     "sharing": ("share: layer", "share: model", r"TENSOR .*share='model'.*'the model', but other logits"),
     "radices": ("factorization: ceil", "factorization: exact", r"SHAPE .*exact radices"),
