@@ -56,8 +56,8 @@ def check_alive(down: Sequence[Tensor], up: Sequence[Tensor], where: str) -> Non
     zero = [name for name, tensor in named if not tensor.is_meta and not tensor.any()]
     if len(zero) > 1:
         raise ValueError(
-            f"{where}: {' and '.join(zero)} are zero throughout, so the gradient of every factor is 0, forever. Leave one "
-            "order position at zero and draw the others, as init='matched' does."
+            f"{where}: {' and '.join(zero)} are zero throughout, so the gradient of every factor is 0, forever. "
+            "Leave one order position at zero and draw the others, as init='matched' does."
         )
 
 
