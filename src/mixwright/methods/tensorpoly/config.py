@@ -30,7 +30,7 @@ class TensorPolyConfig:
     """Su et al. 2024 (arXiv 2405.16671); symbols are the paper's, and Poly's and MHR's where it builds on them."""
 
     tasks: tuple[str, ...] = ()
-    """Names of the T tasks, in the order of their ids: the rows of Z (Poly, section 3). `lora` and `tlora` need none."""
+    """Names of the T tasks in the order of their ids, the rows of Z (Poly, section 3). `lora` and `tlora` need none."""
     experts: Kind = "tensorpoly-1"
     """Which member of the family. `lora`; `poly` (Ponti et al. 2022): S LoRAs whose A and B are averaged apart; `mhr`
     (Caccia et al. 2023): the same in H blocks that choose for themselves; `tlora`: columns of A and B are sums of R
@@ -39,9 +39,9 @@ class TensorPolyConfig:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Sites, by last name part or glob; the paper adapts q, k, v, o, wi_0, wi_1 and wo, every linear layer of a T5."""
     rank: int | None = None
-    """r, the columns of A; the update is scaled by 1 / r. None is the paper's: 16 for tensors, 1 for lora, poly, mhr."""
+    """r, the columns of A; the update is scaled by 1 / r. None, the paper's: 16 for tensors; 1 for lora, poly, mhr."""
     num_latent: int | None = None
-    """R (tensors) or S (poly, mhr), the latent experts. None: 8 as in the paper; 1 for lora and tlora, 2 for entangled."""
+    """R (tensors) or S (poly, mhr), the latent experts. None: 8, the paper's; 1 for lora and tlora, 2 for entangled."""
     order: int = 2
     """N, the leaves of a tensor product, 1 to 4 (the paper: 2 or 4). A matter of the tensor kinds only."""
     heads: int | None = None
@@ -49,8 +49,8 @@ class TensorPolyConfig:
     groups: int | None = None
     """G of entangled: products that are summed; a column has rank G at most. None: 4, and 1 for every other kind."""
     factorization: Literal["ceil", "exact"] = "ceil"
-    """Leaf widths q. `ceil`, the paper: all ceil(d ** (1/N)), and the product is cut to d, so that some entries may never
-    be read. `exact`: factors of d itself, nothing is cut."""
+    """Leaf widths q. `ceil`, the paper: all ceil(d ** (1/N)), and the product is cut to d, so that some entries may
+    never be read. `exact`: factors of d itself, nothing is cut."""
     init: Literal["matched", "released"] = "matched"
     """`matched`, ours: leaves of the variance that a LoRA's A has, the last leaf of B zero, so that the model starts as
     its backbone. `released`: the authors' uniform leaves, under which it starts near it. See `initial.py`."""
@@ -92,7 +92,7 @@ class TensorPolyConfig:
     folds: int = 4
     """k of that validation."""
     sampling_temperature: float = 1.0
-    """Tasks are drawn in proportion to their sizes to the power 1 / this: 1 is by size (the paper), large is uniform."""
+    """Tasks are drawn in proportion to size ** (1 / this): 1 is by size (the paper), large is uniform."""
     size_cap: int | None = None
     """A task counts as no larger than this when tasks are drawn; None: no cap (the paper: 500 000 per data set)."""
     mutual_information: float = 0.0
@@ -145,7 +145,9 @@ def _unfit_counts(config: TensorPolyConfig) -> list[str]:
     faults += [f"{name}={value}: expected more than 0" for name in positive if not (value := getattr(config, name)) > 0]
     shares = (config.warmup, config.cooldown)
     if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        faults.append(f"warmup={config.warmup}, cooldown={config.cooldown}: expected shares of the steps, together <= 1")
+        faults.append(
+            f"warmup={config.warmup}, cooldown={config.cooldown}: expected shares of the steps, together <= 1"
+        )
     if config.seed < 0:
         faults.append(f"seed={config.seed}: expected 0 or more")
     return faults
@@ -169,7 +171,9 @@ def _unfit_choices(config: TensorPolyConfig) -> list[str]:
     if matrix and config.order not in (1, TensorPolyConfig.order):
         faults.append(f"order={config.order}: {kind} has no tensor products; leave order out or choose a tensor kind")
     if config.norm == "pair" and (matrix or config.order == 1):
-        faults.append(f"norm='pair': {'order 1' if not matrix else kind} has no pairs of leaves to normalise; norm='none'")
+        faults.append(
+            f"norm='pair': {'order 1' if not matrix else kind} has no pairs of leaves to normalise; norm='none'"
+        )
     if matrix and config.factorization == "exact":
         faults.append(f"factorization='exact': {kind} has no leaves; leave it out or choose a tensor kind")
     return faults
