@@ -172,7 +172,7 @@ class Bench:
         self, cell: Cell, names: list[str], state: dict[str, Tensor], what: str, rate: float, task: StateTask,
         split: str, shots: int, seed: int,
     ) -> float:  # fmt: skip
-        """Accuracy on a task after learning it from shots, starting from a pool's state or, for private LoRA, afresh."""
+        """Accuracy on a task after learning it from shots, from a pool's state on or, for private LoRA, afresh."""
         if cell.method == PRIVATE:
             model = single(self.top, cell.size, seed)
         else:

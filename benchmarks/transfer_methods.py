@@ -1,4 +1,4 @@
-"""The methods of the transfer suite at two sizes, how they are trained together, and how they learn a task from shots."""
+"""The methods of the transfer suite at two sizes, how they are trained together, and how they learn from shots."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +31,7 @@ RANKS: dict[str, dict[str, int]] = {
     "small": {"LoRA, private": 1, "LoRA, shared": 8, "Poly": 1, "MHR": 1} | dict.fromkeys(list(CONFIGS)[4:], 12),
     "large": {"LoRA, private": 4, "LoRA, shared": 32, "Poly": 4, "MHR": 4} | dict.fromkeys(list(CONFIGS)[4:], 49),
 }
-"""At each size every method stores as nearly the same as whole ranks allow; private LoRAs can't be smaller at `small`."""
+"""At each size every method stores as nearly the same as whole ranks allow; private LoRAs can't be smaller."""
 FRESH = "new task"
 ROUTER_RATE = 0.1
 """The authors', in both stages."""
@@ -97,7 +97,7 @@ def stored(model: Any, method: str) -> int:
 
 
 def fit(parameters: list[tuple[list[nn.Parameter], float]], loss: Callable[[int], Tensor], steps: int) -> list[float]:
-    """AdamW without decay, linear warm-up over 6 % and linear fall to 0, gradients clipped at 1: the authors' schedule."""
+    """AdamW without decay; the authors' schedule: linear warm-up over 6 %, linear fall to 0, gradients clipped at 1."""
     groups = [{"params": group, "lr": rate} for group, rate in parameters if group]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, round(0.06 * steps))
@@ -164,8 +164,8 @@ def route(model: Any, method: str, what: str, row: int) -> AbstractContextManage
 
 
 def learn(
-    model: Any, way: AbstractContextManager[Any], what: str, shots: States, anchors: Tensor, rate: float, effort: Effort,
-    seed: int,
+    model: Any, way: AbstractContextManager[Any], what: str, shots: States, anchors: Tensor, rate: float,
+    effort: Effort, seed: int,
 ) -> None:  # fmt: skip
     """Stage transfer: all, the task's row (z), or the experts under uniform routing (mu); every epoch a fresh order."""
     rows = [router.logits for router in routers(model)]
