@@ -107,7 +107,7 @@ class Bench:
             if score > best[0]:
                 best = (score, rate, _state(model))
             model.remove()
-        transfer = {what: dict[str, float]() for what in ways(cell.method)}
+        transfer = {what: dict[str, float]() for what in ways(cell.method) if what != "mu"}
         for what in transfer:
             for rate in self.shot_rates:
                 scores = [
@@ -118,6 +118,7 @@ class Bench:
                 ]
                 transfer[what][str(rate)] = sum(scores) / len(scores)
         chosen = {what: float(max(found, key=lambda r: found[r])) for what, found in transfer.items()}
+        chosen |= {"mu": chosen["all"]}  # the same numbers learn
         result = {"rate": best[1], "rates": chosen, "validation": multitask, "transfer_validation": transfer}
         return result, f"rate {best[1]}, transfer {chosen}"
 

@@ -26,6 +26,7 @@ class Top(nn.Module):
     def __init__(self, backbone: Any, layers: int) -> None:
         super().__init__()
         self.layer = nn.ModuleList(backbone.encoder.layer[-layers:])
+        self.eval()  # no dropout: a composed model takes this mode over
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         shut = torch.zeros_like(attention_mask, dtype=hidden.dtype).masked_fill_(attention_mask == 0, -1e9)
