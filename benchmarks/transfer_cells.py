@@ -65,15 +65,13 @@ class Cell:
 
 
 class Bench:
-    """What one process holds: states, upper layers, and the folder of results."""
+    """What one process holds: states, last layers, and the folder of results."""
 
-    def __init__(
-        self, states: Path, home: Path, model: Path | None, effort: Effort, layers: int, quick: bool = False
-    ) -> None:
+    def __init__(self, states: Path, home: Path, model: Path | None, effort: Effort, quick: bool = False) -> None:
         self.tasks = load_tasks(states)
         self.home, self.effort = home, effort
         self.rates, self.shot_rates = (RATES[1:2], SHOT_RATES[1:2]) if quick else (RATES, SHOT_RATES)
-        self.top = Top(load_backbone(model)[0], layers)
+        self.top = Top(load_backbone(model)[0])
 
     def run(self, cell: Cell) -> str:
         """Compute a cell, keep it, and say in short what came out."""

@@ -28,8 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 PRIVATE = "LoRA, private"
 RANKS: dict[str, dict[str, int]] = {
-    "small": {"LoRA, private": 1, "LoRA, shared": 8, "Poly": 1, "MHR": 1} | dict.fromkeys(list(CONFIGS)[4:], 12),
-    "large": {"LoRA, private": 4, "LoRA, shared": 32, "Poly": 4, "MHR": 4} | dict.fromkeys(list(CONFIGS)[4:], 49),
+    "small": {"LoRA, private": 1, "LoRA, shared": 8, "Poly": 1, "MHR": 1} | dict.fromkeys(list(CONFIGS)[4:], 14),
+    "large": {"LoRA, private": 4, "LoRA, shared": 32, "Poly": 4, "MHR": 4} | dict.fromkeys(list(CONFIGS)[4:], 58),
 }
 """At each size every method stores as nearly the same as whole ranks allow; private LoRAs can't be smaller."""
 FRESH = "new task"
@@ -43,7 +43,7 @@ Z_RATE = 30.0
 class Effort:
     """How long everything is trained, for every method alike."""
 
-    steps: int = 200
+    steps: int = 150
     rows: int = 16
     shot_steps: int = 24
     shot_rows: int = 8
@@ -60,7 +60,7 @@ def ways(method: str) -> tuple[str, ...]:
 
 
 def compose(top: Top, method: str, size: str, names: list[str], seed: int) -> Any:
-    """The method on the upper layers, with a row for a new task after those of `names`."""
+    """The method on the last layers, with a row for a new task after those of `names`."""
     config = CONFIGS[method] | {"rank": RANKS[size][method], "tasks": [*names, FRESH], "seed": seed}
     if method == PRIVATE:
         config["num_latent"] = len(names)
@@ -128,7 +128,7 @@ def train_together(model: Any, tasks: list[StateTask], rate: float, effort: Effo
         ids = torch.randint(len(tasks), (effort.rows,), generator=draw)
         rows = first[ids] + (torch.rand(effort.rows, generator=draw) * sizes[ids]).long()
         with model.under(Condition(task_ids=ids)):
-            embedded = embed(model, data.take(rows.tolist()))
+            embedded = embed(model, data.padded(rows.tolist()))
         return labels.loss(embedded, data.labels[rows], ids)
 
     rows = [router.logits for router in routers(model) if router.logits.requires_grad]
@@ -140,7 +140,7 @@ def accuracy(model: Any, states: States, anchors: Tensor, way: AbstractContextMa
     right = torch.zeros(len(states), dtype=torch.long)
     with torch.no_grad(), way or nullcontext():
         for rows in states.batches(25):
-            found = (embed(model, states.take(rows)) @ anchors.T).argmax(-1)
+            found = (states.embed_packed(model, rows) @ anchors.T).argmax(-1)
             right[rows] = (found == states.labels[rows]).long()
     return right.tolist()
 
@@ -185,7 +185,7 @@ def learn(
             draw = torch.Generator().manual_seed(1_000_003 * seed + step)
             order = order + torch.randperm(len(shots), generator=draw).tolist()
         chosen, order = order[: effort.shot_rows], order[effort.shot_rows :]
-        logits = embed(model, shots.take(chosen)) @ anchors.T / TEMPERATURE
+        logits = shots.embed_packed(model, chosen) @ anchors.T / TEMPERATURE
         return cross_entropy(logits, shots.labels[chosen])
 
     with way:

@@ -43,7 +43,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=list(RANKS), default=list(RANKS))
     parser.add_argument("--parts", nargs="+", choices=list(RANKS), default=list(RANKS), help="sizes with z and mu too")
     parser.add_argument("--methods", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--layers", type=int, default=1, help="the last ones of six, whose linear layers are adapted")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--report", action="store_true", help="train nothing, report the finished cells")
@@ -59,7 +58,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a cell depends on beside its own name."""
     effort = Effort(steps=10, shot_steps=3) if args.quick else Effort()
     return {
-        "layers": args.layers,
+        "sites": "the last layer's attention.output, intermediate and output",
         "tokens": TOKENS,
         "rows": {"held-in": HELD_IN_ROWS, "validation": VALIDATION_ROWS, "shots from": SHOT_ROWS, "test": TEST_ROWS},
         "effort": asdict(effort),
@@ -80,7 +79,7 @@ def folder(args: argparse.Namespace) -> Path:
 
 def states_file(args: argparse.Namespace) -> Path:
     """The texts as states; made once."""
-    path = args.cache / f"states-{args.layers}-{TOKENS}-{HELD_IN_ROWS}-{SHOT_ROWS}-{TEST_ROWS}.safetensors"
+    path = args.cache / f"states-{TOKENS}-{HELD_IN_ROWS}-{SHOT_ROWS}-{TEST_ROWS}.safetensors"
     if path.exists():
         return path
     print("states of all texts below the adapted layers, once ...", flush=True)
@@ -88,9 +87,9 @@ def states_file(args: argparse.Namespace) -> Path:
     held_in = [read_task(args.data / name, backbone, tokenise) for name in HELD_IN]
     held_out = [read_task(args.data / name, backbone, tokenise) for name in HELD_OUT]
     rows = {"train": HELD_IN_ROWS, "validation": VALIDATION_ROWS, "test": TEST_ROWS}
-    made = state_tasks(backbone, tokenise, held_in, args.layers, TOKENS, rows)
+    made = state_tasks(backbone, tokenise, held_in, TOKENS, rows)
     rows = {"train": SHOT_ROWS, "validation": 1, "test": TEST_ROWS}
-    made += state_tasks(backbone, tokenise, held_out, args.layers, TOKENS, rows)
+    made += state_tasks(backbone, tokenise, held_out, TOKENS, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tasks(path, made)
     return path
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     home.mkdir(parents=True, exist_ok=True)
     (home / "settings.json").write_text(json.dumps(settings(args), indent=1))
     effort = Effort(**settings(args)["effort"])
-    bench = {"states": states_file(args), "home": home, "model": args.model, "effort": effort, "layers": args.layers}
+    bench = {"states": states_file(args), "home": home, "model": args.model, "effort": effort}
     bench["quick"] = args.quick
     every = list(stages(args))
     total = sum(len(stage) for stage in every)
@@ -174,7 +173,7 @@ def report(args: argparse.Namespace, started: float) -> None:
     if not found["few_shot"]:
         sys.exit("no finished cells to report.")
     torch.set_num_threads(1)
-    bench = Bench(states_file(args), folder(args), args.model, Effort(), args.layers)
+    bench = Bench(states_file(args), folder(args), args.model, Effort())
     result = {"settings": settings(args) | {"seeds": args.seed, "draws": args.draws}, "backbone": bench.backbone()}
     result |= found
     result["summary"] = summaries(result)

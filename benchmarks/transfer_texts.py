@@ -1,6 +1,6 @@
 """Texts of the transfer suite as states: what the frozen lower layers of the backbone make of them is made once.
 
-Only the uppermost layers are adapted, by every method alike, so that a training step costs those layers alone.
+Only what comes after the last attention is adapted, by every method alike, so that a step costs those layers alone.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.text_tasks import TEMPERATURE, LabelledTask, TextRows, Tokenise
@@ -21,18 +21,22 @@ HELD_IN_ROWS, VALIDATION_ROWS, SHOT_ROWS, TEST_ROWS = 600, 100, 400, 200
 
 
 class Top(nn.Module):
-    """The last layers of a BERT: from the states that reach them to its last states."""
+    """A BERT after the attention of its last layer: from what that attended to, and what it adds it to, to last states.
 
-    def __init__(self, backbone: Any, layers: int) -> None:
+    The linear layers that are left, and that every method adapts: the output of attention, and both of the perceptron.
+    """
+
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(backbone.encoder.layer[-layers:])
+        last = backbone.encoder.layer[-1]
+        self.layer = nn.ModuleDict({"attention": last.attention.output, "up": last.intermediate, "down": last.output})
         self.eval()  # no dropout: a composed model takes this mode over
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        shut = torch.zeros_like(attention_mask, dtype=hidden.dtype).masked_fill_(attention_mask == 0, -1e9)
-        for layer in self.layer:
-            hidden = layer(hidden, shut[:, None, None])
-        return BaseModelOutput(last_hidden_state=hidden)
+    def forward(self, states: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        del attention_mask  # for the routers
+        context, below = states.chunk(2, -1)
+        attended = self.layer["attention"](context, below)
+        return BaseModelOutput(last_hidden_state=self.layer["down"](self.layer["up"](attended), attended))
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,19 @@ class States:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: list[int]) -> dict[str, Tensor]:
-        """A padded batch, as the arguments of `Top`."""
-        spans = [(int(self.starts[i]), int(self.starts[i + 1])) for i in rows]
-        longest = max(stop - start for start, stop in spans)
-        hidden = torch.zeros(len(rows), longest, self.flat.shape[1])
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for number, (start, stop) in enumerate(spans):
-            hidden[number, : stop - start] = self.flat[start:stop]
-            mask[number, : stop - start] = 1
-        return {"hidden": hidden, "attention_mask": mask}
+    def padded(self, rows: list[int]) -> dict[str, Tensor]:
+        """A batch with a row for each text, as the arguments of `Top`."""
+        pieces = [self.flat[self.starts[i] : self.starts[i + 1]] for i in rows]
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(p), dtype=torch.long) for p in pieces], batch_first=True)
+        return {"states": nn.utils.rnn.pad_sequence(pieces, batch_first=True), "attention_mask": mask}
+
+    def embed_packed(self, model: Any, rows: list[int]) -> Tensor:
+        """Sentence embeddings of texts of one task, all in one row without padding."""
+        pieces = [self.flat[self.starts[i] : self.starts[i + 1]] for i in rows]
+        states = torch.cat(pieces)[None]
+        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(piece) for piece in pieces]))
+        last = model(states=states, attention_mask=torch.ones(states.shape[:2], dtype=torch.long)).last_hidden_state[0]
+        return normalize(torch.zeros(len(rows), last.shape[1]).index_add(0, owner, last), dim=-1)
 
     def batches(self, size: int) -> list[list[int]]:
         """All rows, sorted by length."""
@@ -83,30 +90,38 @@ def together(parts: list[States]) -> States:
 
 
 def state_tasks(
-    backbone: Any, tokenise: Tokenise, tasks: list[LabelledTask], layers: int, tokens: int, rows: dict[str, int]
+    backbone: Any, tokenise: Tokenise, tasks: list[LabelledTask], tokens: int, rows: dict[str, int]
 ) -> list[StateTask]:
     """The tasks with at most `rows` rows of each split, cut to `tokens` tokens; checked against the whole backbone."""
     made: list[StateTask] = []
     for task in tasks:
         splits: dict[str, States] = {}
         for split in ("train", "validation", "test"):
-            splits[split] = _states(backbone, tokenise, getattr(task, split), layers, tokens, rows[split])
-        _check(backbone, tokenise, task.test, splits["test"], layers, tokens)
+            splits[split] = states_of(backbone, tokenise, getattr(task, split), tokens, rows[split])
+        _check(backbone, tokenise, task.test, splits["test"], tokens)
         made.append(StateTask(task.name, task.anchors, **splits))
     return made
 
 
-def _states(backbone: Any, tokenise: Tokenise, texts: TextRows, layers: int, tokens: int, count: int) -> States:
+def states_of(backbone: Any, tokenise: Tokenise, texts: TextRows, tokens: int, count: int) -> States:
+    """The states of the first `count` texts."""
     count = min(count, len(texts.texts))
     pieces: list[Tensor] = [torch.empty(0)] * count
     order = sorted(range(count), key=lambda i: len(texts.texts[i]))
+    seen: dict[str, Tensor] = {}
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["states"] = torch.cat(args[:2], -1)
+
+    hook = backbone.encoder.layer[-1].attention.output.register_forward_pre_hook(note)
     with torch.inference_mode():
         for start in range(0, count, 50):
             part = order[start : start + 50]
             inputs = _cut(tokenise([texts.texts[i] for i in part]), tokens)
-            below = backbone(**inputs, output_hidden_states=True).hidden_states[-1 - layers]
-            for i, state, mask in zip(part, below, inputs["attention_mask"]):
+            backbone(**inputs)
+            for i, state, mask in zip(part, seen["states"], inputs["attention_mask"]):
                 pieces[i] = state[mask.bool()].clone()
+    hook.remove()
     lengths = torch.tensor([0, *(len(piece) for piece in pieces)])
     return States(torch.cat(pieces), lengths.cumsum(0), texts.labels[:count])
 
@@ -115,12 +130,13 @@ def _cut(inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     return {name: tensor[:, :tokens] for name, tensor in inputs.items()}
 
 
-def _check(backbone: Any, tokenise: Tokenise, texts: TextRows, states: States, layers: int, tokens: int) -> None:
+def _check(backbone: Any, tokenise: Tokenise, texts: TextRows, states: States, tokens: int) -> None:
+    rows, top = list(range(16)), Top(backbone)
     with torch.inference_mode():
         inputs = _cut(tokenise(texts.texts[:16]), tokens)
         whole = sentence_embedding(backbone(**inputs).last_hidden_state, inputs["attention_mask"])
-        ours = embed(Top(backbone, layers), states.take(list(range(16))))
-    assert torch.allclose(whole, ours, atol=1e-4), f"cached states differ by {(whole - ours).abs().max():.1e}"
+        for ours in (embed(top, states.padded(rows)), states.embed_packed(top, rows)):
+            assert torch.allclose(whole, ours, atol=1e-4), f"cached states differ by {(whole - ours).abs().max():.1e}"
 
 
 def save_tasks(path: Path, tasks: list[StateTask]) -> None:
