@@ -98,10 +98,11 @@ def states_file(args: argparse.Namespace) -> Path:
 def stages(args: argparse.Namespace) -> Iterator[list[Cell]]:
     """All cells, in an order in which a run that is cut off has treated every method alike."""
     yield [Cell("tune", "small", method, 0, 0) for method in args.methods]
-    yield [Cell("pool", size, m, seed, 0) for seed in args.seed for size in args.sizes for m in args.methods]
     some = [method for method in args.methods if routed(method)]
     for draw in range(args.draws):
         for size in args.sizes:
+            if draw == 0:
+                yield [Cell("pool", size, m, seed, 0) for seed in args.seed for m in args.methods]
             yield [Cell("shots", size, m, seed, draw) for seed in args.seed for m in args.methods]
             if size in args.parts:
                 yield [Cell("part", size, m, seed, draw) for seed in args.seed for m in some]
