@@ -23,7 +23,7 @@ import torch
 from benchmarks.record import surroundings, write_json
 from benchmarks.text_suite import load_backbone
 from benchmarks.text_tasks import HELD_IN, HELD_OUT, read_task
-from benchmarks.transfer_cells import DEVELOPMENT, RATES, SHOT_RATES, Bench, Cell
+from benchmarks.transfer_cells import DEVELOPMENT, FAMILIES, LOWER, RATES, SHOT_RATES, Bench, Cell, tuned
 from benchmarks.transfer_methods import CONFIGS, RANKS, ROUTER_RATE, Z_RATE, Effort, routed
 from benchmarks.transfer_tables import summaries, tables
 from benchmarks.transfer_texts import HELD_IN_ROWS, SHOT_ROWS, TEST_ROWS, VALIDATION_ROWS, save_tasks, state_tasks
@@ -62,7 +62,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": TOKENS,
         "rows": {"held-in": HELD_IN_ROWS, "validation": VALIDATION_ROWS, "shots from": SHOT_ROWS, "test": TEST_ROWS},
         "effort": asdict(effort),
-        "rates": [list(RATES), list(SHOT_RATES)],
+        "rates": [[*LOWER, *RATES], list(SHOT_RATES)],
+        "families": FAMILIES,
         "router_rate": ROUTER_RATE,
         "z_rate": Z_RATE,
         "development": list(DEVELOPMENT),
@@ -152,7 +153,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         result = json.loads(cell.file(home).read_text())
         seconds += result["cpu_seconds"]
         if cell.kind == "tune":
-            found["tuned"][cell.method] = {k: v for k, v in result.items() if k != "cpu_seconds"}
+            found["tuned"][cell.method] = {k: v for k, v in tuned(home, cell.method).items() if k != "cpu_seconds"}
             continue
         if cell.kind == "pool":
             found["stored"].setdefault(cell.size, {})[cell.method] = result["stored"]
