@@ -1,4 +1,4 @@
-"""One routing of a composed model for those who have no router: an ordinary PEFT LoRA, or a backbone with it baked in."""
+"""One routing of a composed model for those who have no router: a PEFT LoRA, or a backbone with it baked in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def export_lora(model: ComposedModel, condition: Condition, folder: Path, title:
 def export_merged(model: ComposedModel, condition: Condition, folder: Path, tokenizer: Any = None) -> Exported:
     """Write the backbone with one routing in its weights, by its own `save_pretrained`, and the tokenizer beside it.
 
-    Raises ValueError and CatalogError as `export_lora`, and for a weight that two modules share.
+    Raises ValueError and CatalogError as `export_lora`.
     """
     merged = fold(model, condition)
     save = getattr(merged, "save_pretrained", None)

@@ -14,7 +14,7 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.lora import LoraExperts
-from mixwright.routing import Condition, Routing
+from mixwright.routing import Condition
 from mixwright.sites import linear_site
 
 
@@ -26,7 +26,6 @@ def fold(model: ComposedModel, condition: Condition) -> nn.Module:
     """
     changes = updates(model, condition)
     backbone = copy.deepcopy(model).remove()
-    _check_unshared(backbone, changes)
     with torch.no_grad():
         for site, change in changes.items():
             base = backbone.get_submodule(site)
@@ -57,10 +56,8 @@ def _update(site: str, mixture: Mixture, condition: Condition) -> LoraFactors:
     probe = torch.zeros(1, 2, spec.d_in, device=weight.device, dtype=weight.dtype)
     routing = mixture.channel.override or mixture.router(probe, condition)
     if isinstance(experts, LoraExperts):
-        return _stacked(experts, _one_choice(site, routing, 0).reshape(-1), wide)
-    positions = experts.positions if routing.weights.dim() > 1 else None
-    choice = _one_choice(site, routing, 0 if positions is None else 1)
-    down, up = experts.factors(choice)
+        return _stacked(experts, _one_choice(site, routing.dense(), 0).reshape(-1), wide)
+    down, up = experts.factors(_one_choice(site, experts.weights(routing, probe.dim()), probe.dim() - 1))
     return LoraFactors(down[0].to(wide), up[0].T.to(wide), 1 / experts.rank)
 
 
@@ -72,30 +69,13 @@ def _stacked(experts: LoraExperts, weights: Tensor, wide: torch.dtype) -> LoraFa
     return LoraFactors(down, up, 1.0)
 
 
-def _one_choice(site: str, routing: Routing, position_axes: int) -> Tensor:
-    """The one row of weights of a routing, `(1, [positions,] experts)`."""
-    dense = routing.dense()
-    decision = dense.shape[: dense.dim() - 1 - position_axes]
+def _one_choice(site: str, weights: Tensor, axes: int) -> Tensor:
+    """The one row of weights, `(1, [positions,] experts)`, of a routing with so many decision axes; 0: all but one."""
+    decision = weights.shape[: axes or -1]
     if decision.numel() != 1:
         raise ValueError(
             f"the router at {site} decides anew for each token or row ({tuple(decision)} choices), and no one "
             "weight acts like that. Fold a constant routing, one task (condition.task_ids with one id), or fold inside "
             "`with model.only(expert):`."
         )
-    return dense.reshape(1, *dense.shape[len(decision) :])
-
-
-def _check_unshared(backbone: nn.Module, sites: dict[str, LoraFactors]) -> None:
-    """A weight that another module uses too (tied embeddings) would change there as well."""
-    owners: dict[int, set[str]] = {}
-    for path, module in backbone.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(path)
-    for site in sites:
-        others = owners[id(backbone.get_submodule(site).get_parameter("weight"))] - {site}
-        if others:
-            raise ValueError(
-                f"the weight at {site} is also that of {min(others)}, so no change of it acts at one place alone. "
-                "Keep the experts apart (export them as a LoRA), or compose without that site."
-            )
-
+    return weights.reshape(1, *weights.shape[len(decision) :])
