@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mixwright.cli.composition import Backbone, Folder, opened, text_of
+from mixwright.cli.composition import Backbone, Folder, Task, opened, text_of
 from mixwright.cli.output import Json, console, example, print_json
 
 _EXAMPLE = (
@@ -30,6 +30,7 @@ def explain(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write one self-contained HTML page.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here as well as in the page.")] = False,
+    task: Task = None,
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
@@ -40,10 +41,12 @@ def explain(
     that it explains: share it as you would share the text.
     """
     given = text_of("--text", text, file)
+    from mixwright.composition.by_task import of_task
     from mixwright.evaluation.explain import explain as explained
 
     model, tokenizer = opened(composition, backbone)
-    found = explained(model, tokenizer, given, target=target, without=without)
+    with model.under(of_task(model, task)):
+        found = explained(model, tokenizer, given, target=target, without=without)
     if output is not None:
         from mixwright.files import write_atomic
         from mixwright.report.page import explanation_page

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.backbones.hf import provenance
+from mixwright.backbones.hf import provenance, without_bars
 from mixwright.catalog.adapter import LoraFactors
 from mixwright.catalog.export import adapter_files
 from mixwright.composition.card import adapter_card
@@ -58,7 +58,7 @@ def export_merged(model: ComposedModel, condition: Condition, folder: Path, toke
     save = getattr(merged, "save_pretrained", None)
     if save is None:
         raise ValueError(f"{type(merged).__name__} has no save_pretrained; take the module from model.fold() instead.")
-    with staged_folder(folder) as staging:
+    with staged_folder(folder) as staging, without_bars():
         save(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
