@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.tensor_gram import update_products
 
 
 class PolyExperts(AbstractFactored):
@@ -15,7 +16,7 @@ class PolyExperts(AbstractFactored):
     """
 
     def __init__(
-        self, down: Float[Tensor, "experts rank d_in"], up: Float[Tensor, "experts rank d_out"], heads: int = 1
+        self, down: Float[Tensor, "experts rank d_in"], up: Float[Tensor, "experts _ d_out"], heads: int = 1
     ) -> None:
         num_experts, rank, d_in = down.shape
         d_out = up.shape[2]
@@ -32,6 +33,10 @@ class PolyExperts(AbstractFactored):
         self.heads = heads
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Both factors of all experts."""
+        return self.down, self.up
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
@@ -58,3 +63,15 @@ class PolyExperts(AbstractFactored):
         inner = torch.einsum("thi,srhi->thsr", x.unflatten(1, (self.heads, -1)), down)
         hidden = torch.einsum("thsr,ths->tr", inner, weights)
         return torch.einsum("tr,ths,srho->tho", hidden, weights, up).flatten(1)
+
+    def contribution(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> Float[Tensor, "choices orders experts experts"]:
+        """The part of an expert is what it adds to all heads together."""
+        by_head = weights.double().view(len(weights), self.heads, self.num_experts)
+        return update_products(self._grams(self.down, by_head), self._grams(self.up, by_head))[:, None]
+
+    def _grams(self, stored: Tensor, weights: Tensor) -> Tensor:
+        blocks = stored.detach().double().unflatten(2, (self.heads, -1))
+        grams = torch.einsum("sjhd,pkhd->hspjk", blocks, blocks)
+        return torch.einsum("chs,chp,hspjk->cspjk", weights, weights, grams)
