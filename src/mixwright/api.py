@@ -94,6 +94,27 @@ def load(
     return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
 
 
+def from_peft_poly(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path,
+    tasks: Sequence[str] | None = None,
+    revision: str | None = None,
+    noise: bool = True,
+    confirm_base: bool = False,
+) -> ComposedModel:
+    """The model that PEFT makes of a Poly or MHR adapter, with equal outputs, on its backbone.
+
+    `backbone`: a model, a folder or a hub id. `tasks` names the rows of its router, in order; else they are task-0,
+    task-1, ... In training PEFT always draws noise, and so does this model; `noise=False` trains on without. See
+    `methods.tensorpoly.peft_poly` for what is refused.
+    """
+    from mixwright.methods.tensorpoly.peft_poly import from_peft_poly as read
+
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    return read(folder_or_repo, base, tasks, revision=revision, noise=noise, confirm_base=confirm_base)
+
+
 def evaluate(
     model: ComposedModel,
     data: str | Path | Sequence[str | Path],

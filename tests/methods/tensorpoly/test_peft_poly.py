@@ -12,6 +12,7 @@ from peft.tuners.poly.layer import Linear as PolyLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mixwright as mw
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.composition.inputs import example_inputs
 from mixwright.errors import CatalogError, IncompatibleExpert
@@ -98,10 +99,9 @@ def test_there_and_back(splits: int, tmp_path: Path) -> None:
 
 
 def test_a_saved_import_comes_back(tmp_path: Path) -> None:
-    import mixwright as mw
-
     adapter(tmp_path / "poly", n_splits=4)
-    model = from_peft_poly(tmp_path / "poly", tiny_backbone("llama"), ["rte", "copa", "cb"])
+    tasks = ["rte", "copa", "cb"]
+    model = mw.from_peft_poly(tmp_path / "poly", backbone=tiny_backbone("llama"), tasks=tasks, noise=False)
     model.save_pretrained(tmp_path / "saved")
     loaded = mw.load(tmp_path / "saved", backbone=tiny_backbone("llama"))
     inputs = example_inputs(model.backbone) or {}
@@ -228,8 +228,6 @@ def test_another_backbone_is_refused(folder: Path) -> None:
 
 
 def test_what_peft_does_not_know_is_not_exported(tmp_path: Path) -> None:
-    import mixwright as mw
-
     settings: dict[str, Any] = {"tasks": ["a", "b"], "rank": 2}
     model = mw.compose("tensorpoly", backbone=tiny_backbone("llama"), **settings)
     with pytest.raises(ValueError, match="holds no Poly or MHR experts"):
