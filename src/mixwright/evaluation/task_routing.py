@@ -17,6 +17,7 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import depth_of
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
+from mixwright.evaluation.task_cost import count
 from mixwright.experts.factored import AbstractFactored
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.task import AbstractTaskRouter, TaskLogits
@@ -109,7 +110,7 @@ def task_routing(model: ComposedModel) -> TaskRouting:
     mixtures, routers = model.mixtures, dict[int, tuple[AbstractRouter, list[str]]]()
     for site, mixture in mixtures.items():
         routers.setdefault(id(mixture.router), (mixture.router, []))[1].append(site)
-    tables = [_table(router, len(tasks)) for router, _ in routers.values()]
+    tables = [_table(router, len(tasks), sites) for router, sites in routers.values()]
     places = {key: place for place, key in enumerate(routers)}
     layers = [
         _layer(mixture, places[id(mixture.router)], tables[places[id(mixture.router)]]) for mixture in mixtures.values()
@@ -121,7 +122,6 @@ def task_routing(model: ComposedModel) -> TaskRouting:
     agreements = _agreements(distances)
     known = [value for value in agreements if value is not None]
     merges = average_linkage(mean)
-    cost = getattr(model, "cost", None)
     return TaskRouting(
         tasks=tasks,
         experts=list(model.experts),
@@ -134,7 +134,7 @@ def task_routing(model: ComposedModel) -> TaskRouting:
         merges=merges,
         order=leaf_order(merges, len(tasks)),
         agreement=sum(known) / len(known) if known else None,
-        cost={name: int(count) for name, count in vars(cost()).items()} if callable(cost) else {},
+        cost=asdict(count(model)),
         composition=asdict(model.composition),
     )
 
@@ -147,13 +147,16 @@ def _task_names(model: ComposedModel) -> list[str]:
     return [*named[:count], *(f"task {number}" for number in range(len(named), count))] if routers or named else ["any"]
 
 
-def _table(router: AbstractRouter, tasks: int) -> Float[Tensor, "tasks positions experts"]:
+def _table(router: AbstractRouter, tasks: int, sites: Sequence[str]) -> Float[Tensor, "tasks positions experts"]:
     """The weights of every task; of a router that asks nobody, the same row for all."""
     if isinstance(router, AbstractTaskRouter):
         table = router.table()
     else:
         table = router.get_buffer("weights").expand(tasks, -1)
     table = table.detach().double().cpu()
+    if len(table) != tasks or not table.isfinite().all():
+        fault = f"{len(table)} tasks, others {tasks}" if len(table) != tasks else "weights that are not finite"
+        raise ValueError(f"the router of {sites[0]} has {fault}; this routing can't be explained.")
     return table[:, None] if table.dim() == 2 else table
 
 
