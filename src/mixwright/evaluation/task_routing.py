@@ -7,7 +7,7 @@ task's update, from inner products of its parts. Nothing here needs data, and no
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from mixwright.evaluation.contribution import depth_of
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
 from mixwright.evaluation.task_cost import count
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.collapse import entropy, mutual_information
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.task import AbstractTaskRouter, TaskLogits
 
@@ -34,7 +35,7 @@ class TaskTable:
     experts, means over positions: `discreteness` mean binary entropy of sigmoid(z) / log 2 (0 on or off, 1 undecided);
     `sparsity` share of sigmoid(z) over 0.5 (both None where nothing is learned); `usage` entropy of the mean row over
     log S (1 all experts equally); `peakiness` 1 - mean entropy of a row / log S (0 uniform, 1 one expert per task);
-    `separation` usage - 1 + peakiness (0: every task has the same row). None where there is one expert. `agreement`:
+    `separation` mutual information of task and expert / log S (0: every task has the same row). None where there is one expert. `agreement`:
     mean correlation, with the other routers, of the distances between tasks.
     """
 
@@ -92,8 +93,16 @@ class TaskRouting:
         return sum(changes) / len(changes) if changes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain dictionaries and lists, for JSON."""
-        return asdict(self)
+        """All of it as plain dictionaries and lists for JSON, numbers to six digits."""
+        return _rounded(asdict(self))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in cast(dict[str, Any], value).items()}
+    return [_rounded(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else value
 
 
 def is_task_routed(model: ComposedModel) -> bool:
@@ -177,30 +186,32 @@ def _described(
         sites=sites,
         positions=names if shown.shape[1] > 1 else [f"mean of {positions} {heads}s" if positions > 1 else ""],
         weights=shown.tolist(),
-        discreteness=None if gates is None else float((_entropy(gates) + _entropy(1 - gates)).mean() / log(2)),
+        discreteness=None if gates is None else float(entropy(torch.stack([gates, 1 - gates], -1)).mean()) / log(2),
         sparsity=None if gates is None else float((gates > 0.5).double().mean()),
         **shape_of(table),
         agreement=agreement,
     )
 
 
-def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p)
-
-
 def shape_of(table: Float[Tensor, "tasks positions experts"]) -> dict[str, float | None]:
     """Usage, peakiness and separation of a table of weights, as `TaskTable` defines them."""
-    experts = table.shape[-1]
-    if experts < 2:
+    most = log(table.shape[-1])
+    if not most:
         return {"usage": None, "peakiness": None, "separation": None}
-    rows = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
-    usage = float(_entropy(rows.mean(0)).sum(-1).mean() / log(experts))
-    peakiness = 1 - float(_entropy(rows).sum(-1).mean() / log(experts))
-    return {"usage": usage, "peakiness": peakiness, "separation": usage - 1 + peakiness}
+    rows = _normalised(table)
+    return {
+        "usage": float(entropy(rows.mean(0)).mean()) / most,
+        "peakiness": 1 - float(entropy(rows).mean()) / most,
+        "separation": float(mutual_information(rows).mean()) / most,
+    }
+
+
+def _normalised(table: Tensor) -> Tensor:
+    return table / table.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def _distances(table: Float[Tensor, "tasks positions experts"]) -> Float[Tensor, "tasks tasks"]:
-    rows = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
+    rows = _normalised(table)
     return torch.cdist(rows.flatten(1), rows.flatten(1), p=1) / (2 * table.shape[1])
 
 

@@ -191,7 +191,7 @@ def cost_lines(routing: TaskRouting, times: StepTimes | None, command: str) -> l
     lines = [
         ("Stored, latent experts", f"{cost['stored']:,}", f"{cost['per_latent']:,} for one of {len(routing.experts)}"),
         ("Stored, routers", f"{cost['router']:,}", f"{tasks} tasks"),
-        ("Trained, everything", f"{cost['stored'] + cost['router']:,}", "stage multitask"),
+        ("Trained, everything", f"{cost['stored'] + cost['router']:,}", "latent experts and routers"),
         ("Trained, routing of one more task", f"{cost['router_per_task']:,}", "experts fixed"),
         ("Merged, one task as a LoRA", f"{cost['merged']:,}", f"rank {cost['merged_rank']}, exact"),
         ("Merged, one task in the weights", "0", "nothing is added to the backbone"),
