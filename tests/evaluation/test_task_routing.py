@@ -115,7 +115,9 @@ def test_json_has_plain_numbers_of_six_digits() -> None:
 def test_the_cost_is_what_is_stored() -> None:
     model = task_model("ordered", shared=True)
     cost = task_routing(model).cost
-    parameters = dict.fromkeys(p for m in model.mixtures.values() for part in (m.router, m.experts) for p in part.parameters())
+    parameters = dict.fromkeys(
+        p for m in model.mixtures.values() for part in (m.router, m.experts) for p in part.parameters()
+    )
     assert cost["stored"] + cost["router"] == sum(p.numel() for p in parameters)
     assert cost["router"] == 3 * 2 * 4 == 3 * cost["router_per_task"]
     assert cost["merged"] == sum(2 * (m.experts.d_in + m.experts.d_out) for m in model.mixtures.values())

@@ -47,7 +47,9 @@ def explain(
     are, what each expert really adds, what it costs, and what is wrong.
     """
     if text is None and file is None:
-        _explain_tasks(composition, (target, without), output, terminal, measure, backbone, as_json)
+        if target is not None or without is not None:
+            raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
+        _explain_tasks(composition, output, terminal, measure, backbone, as_json)
         return
     if measure:
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
@@ -73,13 +75,7 @@ def explain(
 
 
 def _explain_tasks(
-    composition: Path,
-    of_text: tuple[str | None, str | None],
-    output: Path | None,
-    terminal: bool,
-    measure: bool,
-    backbone: str | None,
-    as_json: bool,
+    composition: Path, output: Path | None, terminal: bool, measure: bool, backbone: str | None, as_json: bool
 ) -> None:
     from dataclasses import asdict
 
@@ -89,7 +85,7 @@ def _explain_tasks(
     from mixwright.evaluation.task_routing import is_task_routed, task_routing
 
     model = load(composition, backbone=backbone)
-    if not is_task_routed(model) or of_text != (None, None):
+    if not is_task_routed(model):
         text_of("--text", None, None)
     found = task_routing(model)
     times = step_times(model, len(found.tasks)) if measure else None

@@ -39,7 +39,9 @@ def task_page(routing: TaskRouting, times: StepTimes | None = None, command: str
 def _headline(routing: TaskRouting) -> list[str]:
     tasks, experts, layers = len(routing.tasks), len(routing.experts), len(routing.layers)
     facts = [("tasks", f"{tasks:,}"), ("latent experts in a layer", f"{experts}"), ("layers", f"{layers:,}")]
-    facts += [(name, f"{value:.2f}") for name in ("usage", "peakiness") if (value := mean_of(routing, name)) is not None]
+    facts += [
+        (name, f"{value:.2f}") for name in ("usage", "peakiness") if (value := mean_of(routing, name)) is not None
+    ]
     facts += [("numbers stored", short(routing.cost["stored"] + routing.cost["router"]))]
     facts += [("merged, for one task", short(routing.cost["merged"]))]
     return [
@@ -57,7 +59,12 @@ def _alike(routing: TaskRouting) -> list[str]:
         return ["One task uses all of it."]
     nearest = next(m for m in routing.merges if m.size == 2)
     pair = [tag("strong", tag("bdi", escape(routing.tasks[one]))) for one in (nearest.left, nearest.right)]
-    said = [*pair[:1], " and ", *pair[1:], f" are routed most alike: {_percent(nearest.height)} of their weight differs"]
+    said = [
+        *pair[:1],
+        " and ",
+        *pair[1:],
+        f" are routed most alike: {_percent(nearest.height)} of their weight differs",
+    ]
     alone, others, height = _apart(routing)
     if len(routing.tasks) > 2 and height > 0:
         subject = tag("strong", tag("bdi", escape(routing.tasks[alone[0]])))
@@ -94,7 +101,9 @@ def mean_of(routing: TaskRouting, name: str) -> float | None:
 def _alarms(routing: TaskRouting) -> str:
     found = task_alarms(routing)
     if not found:
-        return tag("ul", tag("li", tag("b", "No alarm."), "No routing collapsed, no expert is idle."), class_="alarms quiet")
+        return tag(
+            "ul", tag("li", tag("b", "No alarm."), "No routing collapsed, no expert is idle."), class_="alarms quiet"
+        )
     items = (tag("li", tag("b", escape(f"{alarm.kind.capitalize()}.")), escape(alarm.text)) for alarm in found)
     return tag("ul", *items, class_="alarms")
 
@@ -117,7 +126,9 @@ def _tasks_section(routing: TaskRouting, rows: Rows) -> str:
         whole = tree(routing.merges, plain, routing.order, "Tree of all tasks by routing", ends)
         every = tag("details", tag("summary", f"All {len(plain)} tasks"), whole)
     nearest = _nearest(routing)
-    listed = nearest if len(routing.tasks) <= FOLDED else tag("details", tag("summary", "Every task's nearest"), nearest)
+    listed = (
+        nearest if len(routing.tasks) <= FOLDED else tag("details", tag("summary", "Every task's nearest"), nearest)
+    )
     return tag("section", tag("h2", "Tasks by their routing"), tag("p", note, class_="note"), drawn, every, listed)
 
 
@@ -200,7 +211,9 @@ def cost_lines(routing: TaskRouting, times: StepTimes | None, command: str) -> l
     if cost["dead"]:
         lines.append(("Stored and never read", f"{cost['dead']:,}", "leaf entries that only reach what the cut drops"))
     if times is not None:
-        size = f"{times.rows} rows of {times.tokens} random tokens, tasks in turn, {times.threads} threads, {times.device}"
+        size = (
+            f"{times.rows} rows of {times.tokens} random tokens, tasks in turn, {times.threads} threads, {times.device}"
+        )
         lines += [
             ("Milliseconds per training step", f"{times.train:.1f}", f"forward, backward, AdamW; {size}"),
             ("Milliseconds per evaluation pass", f"{times.evaluate:.1f}", f"median of 5; {command}"),
