@@ -17,7 +17,7 @@ def test_times_are_positive_and_the_model_is_untouched(family: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     times = step_times(model, 3, rows=2, tokens=5)
-    assert 0 < times.evaluate and 0 < times.backbone and 0 < times.train
+    assert min(times.evaluate, times.backbone, times.train) > 0
     assert (times.rows, times.tokens, times.device) == (2, 5, "cpu")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes

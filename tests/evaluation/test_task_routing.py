@@ -124,8 +124,8 @@ def test_the_cost_is_what_is_stored() -> None:
 
 
 def test_refusals() -> None:
-    from mixwright.composition.model import ComposedModel
     from mixwright.backbones.tiny import tiny_backbone
+    from mixwright.composition.model import ComposedModel
 
     bare = ComposedModel(tiny_backbone("llama"), {}, ())
     assert not is_task_routed(bare)

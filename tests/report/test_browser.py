@@ -12,7 +12,6 @@ import pytest
 
 from mixwright.report.markup import visible
 from mixwright.report.page import explanation_page
-
 from mixwright.report.task_page import task_page
 
 from .hand import PIECES, TEXT, explanation
@@ -52,7 +51,7 @@ for (const frame of document.querySelectorAll("iframe")) {
   const token = page.querySelectorAll(".text .tok")[1] || page.body;
   const colour = () => window.getComputedStyle(token).backgroundColor;
   found.tree = [...page.querySelectorAll(".tree")].map(tree => {
-    const names = tree.querySelector("ol").getBoundingClientRect(), drawn = tree.querySelector("svg").getBoundingClientRect();
+    const [names, drawn] = ["ol", "svg"].map(part => tree.querySelector(part).getBoundingClientRect());
     return {apart: drawn.left >= names.right, rows: names.height, branches: drawn.height, room: drawn.width};
   });
   found.squares = [...page.querySelectorAll(".heat")].map(heat => {

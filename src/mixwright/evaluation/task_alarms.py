@@ -65,7 +65,7 @@ def _untrained(routing: TaskRouting) -> Alarm | None:
         return None
     sites = [layer.site for layer in routing.layers]
     after = ": the model is still its backbone, train it first"
-    return _alarm("untrained", routing, sites, "No task changes anything", after)
+    return _alarm("untrained", routing, sites, "The update of every task is zero", after)
 
 
 def _uniform(routing: TaskRouting) -> Alarm | None:

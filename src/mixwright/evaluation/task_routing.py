@@ -35,8 +35,9 @@ class TaskTable:
     experts, means over positions: `discreteness` mean binary entropy of sigmoid(z) / log 2 (0 on or off, 1 undecided);
     `sparsity` share of sigmoid(z) over 0.5 (both None where nothing is learned); `usage` entropy of the mean row over
     log S (1 all experts equally); `peakiness` 1 - mean entropy of a row / log S (0 uniform, 1 one expert per task);
-    `separation` mutual information of task and expert / log S (0: every task has the same row). None where there is one expert. `agreement`:
-    mean correlation, with the other routers, of the distances between tasks.
+    `separation` mutual information of task and expert / log S (0: every task has the same row). The last three are
+    None where there is one expert. `agreement`: mean correlation, with the other routers, of the distances between
+    tasks.
     """
 
     sites: list[str]

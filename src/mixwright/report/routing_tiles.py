@@ -70,8 +70,10 @@ def tiles_section(routing: TaskRouting, rows: Rows) -> str:
         tag("h2", "Routing, layer by layer"),
         tag(
             "p",
-            "A row is a task" + (" or a group of similar ones" if rows.grouped else "") + ", a column a latent expert. "
-            "The area of a square is the routing weight; beside it, what the expert adds: its exact share of the task's "
+            "A row is a task"
+            + (" or a group of similar ones" if rows.grouped else "")
+            + ", a column a latent expert. The "
+            "area of a square is the routing weight; beside it, what the expert adds: its exact share of the task's "
             "update. An expert can have the say and do little with it, or work against the others.",
             class_="note",
         ),

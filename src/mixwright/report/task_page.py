@@ -63,13 +63,13 @@ def _alike(routing: TaskRouting) -> list[str]:
         *pair[:1],
         " and ",
         *pair[1:],
-        f" are routed most alike: {_percent(nearest.height)} of their weight differs",
+        f" are routed most alike: {percent(nearest.height)} of their weight differs",
     ]
     alone, others, height = _apart(routing)
     if len(routing.tasks) > 2 and height > 0:
         subject = tag("strong", tag("bdi", escape(routing.tasks[alone[0]])))
         many = f" and {len(alone) - 1} more stand" if len(alone) > 1 else " stands"
-        said += ["; ", subject, f"{many} furthest from the other {others}: {_percent(height)}"]
+        said += ["; ", subject, f"{many} furthest from the other {others}: {percent(height)}"]
     return [*said, "."]
 
 
@@ -80,7 +80,8 @@ def _apart(routing: TaskRouting) -> tuple[list[int], int, float]:
     return smaller, len(larger), rest[-1].height
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of one as a percentage of two digits."""
     return f"{100 * share:.0f}%" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
 
 
@@ -118,7 +119,7 @@ def _tasks_section(routing: TaskRouting, rows: Rows) -> str:
     )
     key = [tag("b", escape(label), class_="key") for label in rows.labels]
     names = [mark + tag("bdi", escape(name), title=name) for mark, name in zip(key, rows.names)]
-    ends = ("0%, the same routing", _percent(max(merge.height for merge in routing.merges)))
+    ends = ("0%, the same routing", percent(max(merge.height for merge in routing.merges)))
     drawn = tree(rows.merges, names, range(len(names)), "Tree of tasks by routing", ends)
     every = ""
     if rows.grouped:
@@ -147,7 +148,7 @@ def _nearest(routing: TaskRouting) -> str:
                 tag("th", tag("b", escape(short_names[name]), class_="key"), tag("bdi", escape(name)), scope="row"),
                 tag("td", "-" if change is None else f"{100 * change:.3g}%"),
                 tag("td", tag("bdi", escape(routing.tasks[near]))),
-                tag("td", _percent(routing.distances[task][near])),
+                tag("td", percent(routing.distances[task][near])),
             )
         )
     return table(("Task", "Moves the layers by", "Nearest task", "Differs by"), lines)
@@ -157,11 +158,11 @@ def _numbers_section(routing: TaskRouting) -> str:
     every = [_line(layer.site, [layer], [routing.routers[layer.router]]) for layer in routing.layers]
     head = ("Layer", *(name.capitalize() for name in _NUMBERS), "Change", "Overlap", "Cancelling")
     note = (
-        "Discreteness: entropy of the gates, 0 on or off, 1 undecided. Sparsity: gates over one half. Usage: 1 where all "
-        "latent experts carry the same load. Peakiness: 0 uniform rows, 1 one expert per task. Separation: 0 where all "
-        "tasks have the same row. Agreement: correlation, with other layers, of which tasks are alike. Change: length of "
-        "the update over the layer's, mean over tasks. Overlap: mean absolute cosine between experts' parts. Cancelling: "
-        "the parts' squares over the update's; over 1 they work against each other."
+        "Discreteness: entropy of the gates, 0 on or off, 1 undecided. Sparsity: gates over one half. Usage: 1 where "
+        "all latent experts carry the same load. Peakiness: 0 uniform rows, 1 one expert per task. Separation: 0 where "
+        "all tasks have the same row. Agreement: correlation, with other layers, of which tasks are alike. Change: "
+        "length of the update over the layer's, mean over tasks. Overlap: mean absolute cosine between experts' parts. "
+        "Cancelling: the parts' squares over the update's; over 1 they work against each other."
     )
     overall = "" if routing.agreement is None else f" Layers agree by {routing.agreement:.2f} on which tasks are alike."
     if len(routing.layers) > FOLDED:

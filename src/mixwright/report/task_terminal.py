@@ -9,7 +9,7 @@ from mixwright.evaluation.task_alarms import task_alarms
 from mixwright.evaluation.task_routing import TaskRouting
 from mixwright.report.markup import visible
 from mixwright.report.routing_tiles import FOLDED, rows_of
-from mixwright.report.task_page import cost_lines
+from mixwright.report.task_page import cost_lines, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,11 @@ def print_task_routing(
         shown = visible(name)
         short = shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}\u2026"
         console.print(Text(f"{short:<{_NAME}} {branch}", no_wrap=True, overflow="crop"))
+    if rows.merges:
+        furthest = percent(max(merge.height for merge in rows.merges))
+        console.print(
+            Text(f"{'':<{_NAME}} {'0%':<{_BRANCHES - 1}}{furthest} of the routing weight differs", style="dim")
+        )
     console.print()
     for alarm in task_alarms(routing):
         console.print(Text(f"{alarm.kind}: {visible(alarm.text)}", style="bold"))
