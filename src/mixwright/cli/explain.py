@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mixwright.cli.composition import Backbone, Folder, Task, opened, text_of
+from mixwright.cli.composition import Backbone, Folder, opened, text_of
 from mixwright.cli.output import Json, console, example, print_json
 
 _EXAMPLE = (
@@ -31,7 +31,6 @@ def explain(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write one self-contained HTML page.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here as well as in the page.")] = False,
-    task: Task = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Routed by task: time a training step and an evaluation pass here.")
     ] = False,
@@ -48,19 +47,17 @@ def explain(
     are, what each expert really adds, what it costs, and what is wrong.
     """
     if text is None and file is None:
-        if target is not None or without is not None or task is not None:
-            raise ValueError("--target, --without and --task go with a text; give one of --text TEXT and --file FILE.")
+        if target is not None or without is not None:
+            raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
         _explain_tasks(composition, output, terminal, measure, backbone, as_json)
         return
     if measure:
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
-    from mixwright.composition.by_task import of_task
     from mixwright.evaluation.explain import explain as explained
 
     model, tokenizer = opened(composition, backbone)
-    with model.under(of_task(model, task)):
-        found = explained(model, tokenizer, given, target=target, without=without)
+    found = explained(model, tokenizer, given, target=target, without=without)
     if output is not None:
         from mixwright.files import write_atomic
         from mixwright.report.page import explanation_page

@@ -44,8 +44,14 @@ def run(
         raise ValueError("this backbone writes no text; `mixwright explain` shows what its experts do.")
     from mixwright.composition.by_task import of_task
     from mixwright.evaluation.explain import explain
+    from mixwright.evaluation.task_routing import is_task_routed
 
     condition = of_task(model, task)
+    if trace and is_task_routed(model):
+        raise ValueError(
+            "--trace explains token by token, and this model is routed by task; leave it out. `mixwright explain "
+            f"{composition}` shows which task uses which latent expert."
+        )
     say: Callable[[str], None] = _quiet if as_json else _write
     model.eval()
     with model.trace() as routings, model.under(condition):
@@ -53,12 +59,10 @@ def run(
     say("\n")
     shares = applied(model, routings)
     explained = None
-    if trace:
-        with model.under(condition):
-            if _two_streams(model):
-                explained = explain(model, tokenizer, given, target=answer)
-            else:
-                explained = explain(model, tokenizer, given + answer)
+    if trace and _two_streams(model):
+        explained = explain(model, tokenizer, given, target=answer)
+    elif trace:
+        explained = explain(model, tokenizer, given + answer)
     if as_json:
         acted = [{"expert": expert, "weight": weight} for expert, weight in shares]
         full = explained.to_dict() if explained is not None else None

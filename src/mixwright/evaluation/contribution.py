@@ -106,8 +106,7 @@ def measured(model: ComposedModel, streams: Mapping[str, int], inputs: Mapping[s
             weights = _flat_weights(routing, args[0])
             stream = _stream(mixture.stream, two="source" in streams)
             known = stream if streams.get(stream) == len(x) else None
-            applied = weights if weights.dim() == 2 else weights.mean(1)
-            tally.add(mixture.site, known, applied.cpu(), contribution(mixture, x, weights).cpu())
+            tally.add(mixture.site, known, weights.cpu(), contribution(mixture, x, weights).cpu())
 
         handles = [mixture.register_forward_hook(note) for mixture in model.mixtures.values()]
         try:
@@ -125,21 +124,17 @@ def _stream(seen: str, *, two: bool) -> str:
 
 
 def contribution(
-    mixture: Mixture, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
+    mixture: Mixture, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens experts"]
 ) -> Float[Tensor, "tokens experts"]:
     """norm(w_e f_e(u)) / norm(W u) of every token and expert; the layer's bias is left out of W u.
 
-    One pair of products for each expert that acts, over the tokens on which it does. Of experts that combine parameters
-    it is the term that an expert has by itself, without those that it shares with others.
+    One pair of products for each expert that acts, over the tokens on which it does.
     """
-    acting = (weights > 0) if weights.dim() == 2 else (weights > 0).any(1)
-    ratio = torch.zeros(acting.shape, device=x.device)
+    ratio = torch.zeros_like(weights)
     base = _without_bias(mixture.base, x)
-    for expert in acting.any(0).nonzero().squeeze(-1).tolist():
-        rows = acting[:, expert].nonzero().squeeze(-1)
-        own, alone = weights[rows][..., expert, None], torch.full_like(rows, expert)
-        indices = alone.view(-1, *[1] * (own.dim() - 1)).expand(own.shape)
-        one = Routing(own, mixture.experts.num_experts, indices)
+    for expert in (weights > 0).any(0).nonzero().squeeze(-1).tolist():
+        rows = (weights[:, expert] > 0).nonzero().squeeze(-1)
+        one = Routing(weights[rows, expert, None], mixture.experts.num_experts, torch.full_like(rows, expert)[:, None])
         ratio[rows, expert] = mixture.experts(x[rows], one, Condition()).float().norm(dim=-1)
     return ratio if base is None else ratio / base.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
@@ -152,12 +147,9 @@ def _without_bias(base: nn.Module | None, x: Tensor) -> Tensor | None:
     return out - bias.float() if isinstance(bias, Tensor) else out
 
 
-def _flat_weights(routing: Routing, x: Tensor) -> Float[Tensor, "tokens *positions experts"]:
-    """Weights of each token; of routing by task `(1, 1, positions, experts)`, also of each position."""
+def _flat_weights(routing: Routing, x: Tensor) -> Float[Tensor, "tokens experts"]:
     dense = routing.dense().detach().float()
     tokens = x.shape[:-1]
-    if dense.dim() > x.dim():
-        return dense.expand(*tokens, *dense.shape[-2:]).reshape(-1, *dense.shape[-2:])
     if dense[..., 0].numel() != tokens.numel():
         dense = dense.expand(*tokens, routing.num_experts)
     return dense.reshape(-1, routing.num_experts)
