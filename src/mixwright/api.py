@@ -1,6 +1,7 @@
 """The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def train(
     """
     settings = _recipe(recipe)
     card = load_method(settings.method)
-    settings = with_task_names(settings, card.config) if card.trains == "composition" else settings
+    if card.trains == "composition":
+        settings = with_task_names(_with_stored_config(settings), card.config)
     stages = card.stages(configuration.decode(card.config, settings.config, where="recipe.config"))
     (check_composition if card.trains == "composition" else check_expert)(settings)
     texts = read_texts(settings.data)
@@ -190,6 +192,19 @@ def _tokenizer(model: ComposedModel) -> Any:
     if not path:
         raise ValueError("the backbone was built in memory and has no tokenizer beside it; give tokenizer=.")
     return load_tokenizer(path, revision=model.composition.backbone.get("revision"))
+
+
+def _with_stored_config(recipe: Recipe) -> Recipe:
+    """A recipe that starts from a composition has the config it was saved with, as far as it gives no other."""
+    if recipe.composition is None:
+        return recipe
+    stored = artifact.stored_at(recipe.composition)
+    if stored.method != recipe.method:
+        raise ValueError(
+            f"recipe.composition: {recipe.composition} was composed by {stored.method}, and recipe.method is "
+            f"{recipe.method}."
+        )
+    return replace(recipe, config={**stored.config, **recipe.config})
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
