@@ -138,10 +138,12 @@ class RoutingMemory:
 class Condition:
     """What the caller knows about a pass that the hidden state does not say.
 
-    `task_ids`: `(batch,)`. `token_mask`: `(batch, seq)`, true for real tokens of the main stream (the decoder's, where
-    there is one); with a cache it begins with the tokens of earlier passes. `encoder_mask`: the same for an encoder's
-    tokens; of a model with one stream, the same mask. `support`: an episode's support set. `memory`: earlier
-    decisions, for routers that share them across sites or tokens.
+    `task_ids`: `(batch,)`, or `(1,)` for a batch of one task. `task_weights`: where the task is unknown, how much each
+    row resembles each task, rows summing to at most 1; what is left over resembles none. `token_mask`: `(batch, seq)`,
+    true for real tokens of the main stream (the decoder's, where there is one); with a cache it begins with the tokens
+    of earlier passes. `encoder_mask`: the same for an encoder's tokens; of a model with one stream, the same mask.
+    `support`: an episode's support set. `memory`: earlier decisions, for routers that share them across sites or
+    tokens.
     """
 
     task_ids: Int[Tensor, " batch"] | None = None
@@ -149,15 +151,27 @@ class Condition:
     encoder_mask: Bool[Tensor, "batch source"] | None = None
     support: SupportSet | None = None
     memory: RoutingMemory | None = None
+    task_weights: Float[Tensor, "batch tasks"] | None = None
 
     def for_batch(self, batch: int) -> "Condition":
-        """The same condition for `batch` rows: beams repeat each row of `task_ids` in place."""
-        if self.task_ids is None or len(self.task_ids) == batch:
-            return self
-        repeats, rest = divmod(batch, len(self.task_ids))
-        if rest:
-            raise ValueError(
-                f"condition.task_ids has {len(self.task_ids)} rows but the pass has {batch}; "
-                "give one task id for each row of the batch."
-            )
-        return replace(self, task_ids=torch.repeat_interleave(self.task_ids, repeats))
+        """The same condition for `batch` rows: beams repeat each row in place. One row holds for any batch.
+
+        Raises ValueError when `batch` is no multiple of the rows that were given.
+        """
+        return replace(
+            self,
+            task_ids=_repeated("task_ids", self.task_ids, batch),
+            task_weights=_repeated("task_weights", self.task_weights, batch),
+        )
+
+
+def _repeated(name: str, rows: Tensor | None, batch: int) -> Tensor | None:
+    if rows is None or len(rows) in (1, batch):
+        return rows
+    repeats, rest = divmod(batch, len(rows))
+    if rest or repeats == 0:
+        raise ValueError(
+            f"condition.{name} has {len(rows)} rows but the pass has {batch}; give one for each row of the batch, or "
+            "one for all."
+        )
+    return torch.repeat_interleave(rows, repeats, 0)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +89,25 @@ class ComposedModel(nn.Module):
         """Site path -> mixture, in the backbone's order."""
         return {site: self.backbone.get_submodule(site) for site in self._sites}  # type: ignore[misc]
 
-    def forward(self, *args: Any, condition: Condition | None = None, **kwargs: Any) -> Any:
-        """One pass of the backbone under `condition`; returns what the backbone returns."""
-        with self.under(condition):
+    def forward(
+        self, *args: Any, condition: Condition | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """One pass of the backbone under `condition`, or under one with `task_ids`; returns what the backbone returns.
+
+        `task_ids` (batch,) is the column of a data set with which PEFT's Poly and transformers' Trainer say the task.
+        """
+        with self.under(self._condition(condition, task_ids)):
             return self.backbone(*args, **kwargs)
 
-    def generate(self, *args: Any, condition: Condition | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, condition: Condition | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The backbone's `generate` under `condition`: greedy, beams, sampling, with its cache."""
-        with self.under(condition):
+        with self.under(self._condition(condition, task_ids)):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _condition(self, condition: Condition | None, task_ids: Tensor | None) -> Condition | None:
+        return condition if task_ids is None else replace(condition or self._given, task_ids=task_ids)
 
     @contextmanager
     def under(self, condition: Condition | None) -> Generator[None]:
@@ -269,16 +279,19 @@ class ComposedModel(nn.Module):
             return getattr(backbone, name)
 
 
+_OWN_ARGUMENTS = ("condition", "task_ids")
+
+
 class _Forward:
     """A composed model's `forward` with the signature of its backbone's, by which trainers choose what to pass."""
 
     def __init__(self, model: ComposedModel) -> None:
         self.model = model
         own = inspect.signature(model.backbone.forward)
-        extra = inspect.Parameter("condition", inspect.Parameter.KEYWORD_ONLY, default=None)
+        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN_ARGUMENTS]
         before = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         after = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-        self.__signature__ = own.replace(parameters=[*before, extra, *after])
+        self.__signature__ = own.replace(parameters=[*before, *extra, *after])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return ComposedModel.forward(self.model, *args, **kwargs)

@@ -30,6 +30,7 @@ class Batch:
 
     causal: inputs and targets `(batch, seq)`, target t is the token after input t, -100 where none counts. seq2seq:
     targets `(batch, target_seq)`. encoder: targets `(batch,)` are label numbers, `label_inputs` the label texts.
+    `task_ids` `(batch,)`: the task of each row, where rows of several tasks stand together.
     """
 
     kind: Kind
@@ -38,12 +39,14 @@ class Batch:
     weight: int
     label_inputs: Mapping[str, Tensor] | None = None
     where: tuple[str, ...] = ()
+    task_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         labels = self.label_inputs and {name: tensor.to(device) for name, tensor in self.label_inputs.items()}
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, targets=self.targets.to(device), label_inputs=labels)
+        tasks = None if self.task_ids is None else self.task_ids.to(device)
+        return replace(self, inputs=inputs, targets=self.targets.to(device), label_inputs=labels, task_ids=tasks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,9 @@
-"""Objectives: (model, batch) -> the loss summed over the targets that count, in float32."""
+"""Objectives: (model, batch) -> the loss summed over the targets that count, in float32.
 
+Where a batch says which task each row is of, the model hears it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.ops.mean_pool import sentence_embedding
+from mixwright.routing import Condition
 
 TEMPERATURE = 0.05
 
@@ -20,19 +25,21 @@ def supervised(model: Any, batch: Batch) -> Tensor:
 
 def causal_lm(model: Any, batch: Batch) -> Tensor:
     """- sum_t log p(target_t | inputs up to t) over the targets that count."""
-    logits = model(**batch.inputs, use_cache=False).logits
+    with of_tasks(model, batch.task_ids):
+        logits = model(**batch.inputs, use_cache=False).logits
     return _token_loss(logits, batch.targets)
 
 
 def seq2seq(model: Any, batch: Batch) -> Tensor:
     """- sum_t log p(target_t | source, targets before t): teacher forcing."""
     decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels=batch.targets)
-    logits = model(
-        **batch.inputs,
-        decoder_input_ids=decoder_inputs,
-        decoder_attention_mask=(batch.targets != IGNORED).long(),
-        use_cache=False,
-    ).logits
+    with of_tasks(model, batch.task_ids):
+        logits = model(
+            **batch.inputs,
+            decoder_input_ids=decoder_inputs,
+            decoder_attention_mask=(batch.targets != IGNORED).long(),
+            use_cache=False,
+        ).logits
     return _token_loss(logits, batch.targets)
 
 
@@ -54,6 +61,11 @@ def embed(model: Any, inputs: Any) -> Tensor:
     hidden = model(**inputs).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
         return sentence_embedding(hidden, inputs["attention_mask"])
+
+
+def of_tasks(model: Any, task_ids: Tensor | None) -> AbstractContextManager[Any]:
+    """Inside the block the passes of a composed model are of these tasks; without ids, of whatever was said before."""
+    return nullcontext() if task_ids is None else model.under(Condition(task_ids=task_ids))
 
 
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
