@@ -77,9 +77,32 @@ def read_task(
         rows.extend(_take(found, None if limit is None else limit - len(rows)))
     if not rows:
         raise ValueError(f"{', '.join(map(str, sources))}: no examples; every line is blank or there are none.")
+    return _task(Path(str(sources[0]).split("#")[0]).stem, rows, format, names)
+
+
+def task_of(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    format: Format | Literal["auto"] = "auto",
+    labels: Sequence[str] | None = None,
+) -> TextTask:
+    """The same of rows that stand in memory, such as `{"text": ..., "label": ...}`. Raises ValueError, naming the row."""
+    if not rows:
+        raise ValueError(f"{name}: no examples; give at least one row.")
+    strange = next((row for row in rows if not isinstance(row, Mapping)), None)  # pyright: ignore  (a caller's rows)
+    if strange is not None:
+        raise ValueError(
+            f"{name}[{list(rows).index(strange)}]: a {type(strange).__name__}; expected rows with keys: prompt and "
+            "completion, text and label, or text."
+        )
+    return _task(name, [(f"{name}[{number}]", row) for number, row in enumerate(rows)], format, tuple(labels or ()))
+
+
+def _task(name: str, rows: Sequence[Row], format: Format | Literal["auto"], names: tuple[str, ...]) -> TextTask:
     kind = _format_of(rows[0]) if format == "auto" else format
     examples = [_example(row, kind) for row in rows]
-    task = TextTask(Path(str(sources[0]).split("#")[0]).stem, kind, tuple(example for example, _ in examples))
+    task = TextTask(name, kind, tuple(example for example, _ in examples))
     return _with_labels(task, [label for _, label in examples], names) if kind == "label" else task
 
 
