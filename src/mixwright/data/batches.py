@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from mixwright.data.collate import Batch, Kind, Labelled, Packed, Paired, Prompted, Tokenizer
-from mixwright.data.order import Order
+from mixwright.data.order import MixedOrder, Order
 from mixwright.data.tasks import TextTask
 
 
 class Batches:
-    """Batch after batch of one task, without end; `batch(i)` is a function of (examples, seed, i).
+    """Batch after batch, without end; `batch(i)` is a function of (examples, seed, i).
 
-    `collate` turns examples into a batch: see `collator`. `digest` names the data and how they are read.
+    `collate` turns examples into a batch. `digest` names the data and how they are read. `tasks`: where the examples
+    are those of several tasks, one task after another, the name of each and how many it has.
     """
 
     def __init__(
@@ -24,12 +26,15 @@ class Batches:
         batch_size: int,
         seed: int,
         digest: str = "",
+        order: Order | MixedOrder | None = None,
+        tasks: Mapping[str, int] | None = None,
     ) -> None:
         self.examples = examples
         self.collate = collate
         self.batch_size = batch_size
-        self.order = Order(len(examples), seed)
+        self.order = order or Order(len(examples), seed)
         self.digest = digest
+        self.tasks = dict(tasks or {})
 
     def __len__(self) -> int:
         """Examples in one pass."""
@@ -42,13 +47,27 @@ class Batches:
         return self.collate(rows)
 
     def in_order(self, first: int = 0, stride: int = 1) -> "list[slice]":
-        """Every example once, unshuffled: the slices of every `stride`-th batch, beginning with batch `first`."""
-        starts = range(first * self.batch_size, len(self.examples), stride * self.batch_size)
-        return [slice(start, start + self.batch_size) for start in starts]
+        """Every example once, unshuffled: the slices of every `stride`-th batch, beginning with batch `first`.
+
+        No batch holds examples of two tasks.
+        """
+        ends = list(accumulate(self.tasks.values() or [len(self.examples)]))
+        spans = zip([0, *ends], ends, strict=False)
+        starts = [(at, end) for begin, end in spans for at in range(begin, end, self.batch_size)]
+        return [slice(at, min(at + self.batch_size, end)) for at, end in starts[first::stride]]
+
+    def task_of(self, part: slice) -> str:
+        """The name of the task of a slice of `in_order`; empty where tasks have none."""
+        ends = accumulate(self.tasks.values())
+        return next((name for name, end in zip(self.tasks, ends, strict=True) if part.start < end), "")
 
     def take(self, part: slice) -> Batch:
         """The batch of the examples in a slice of `in_order`."""
         return self.collate(self.examples[part])
+
+    def spread(self, count: int) -> Batch:
+        """The batch of up to `count` examples from all over the data."""
+        return self.collate(self.examples[:: -(-len(self.examples) // count)])
 
 
 def make_batches(
@@ -68,7 +87,7 @@ def make_batches(
 
     Raises ValueError for a format that the kind cannot learn from.
     """
-    digest = _digest(task, tokenizer, kind, max_length, max_target_length)
+    digest = digest_of(task, tokenizer, kind, max_length, max_target_length)
     examples: Sequence[Any] = task.examples
     if task.format == "text":
         if kind != "causal":
@@ -110,7 +129,8 @@ def pack(documents: Sequence[Sequence[int]], end: int | None, length: int) -> li
     return rows
 
 
-def _digest(task: TextTask, tokenizer: Tokenizer, kind: Kind, *lengths: int | None) -> str:
+def digest_of(task: TextTask, tokenizer: Tokenizer, kind: Kind, *lengths: int | None) -> str:
+    """A name for what a model of `kind` reads of these examples."""
     digest = hashlib.sha256(json.dumps([kind, task.format, task.labels, lengths]).encode())
     for example in task.examples:
         digest.update(json.dumps([example.text, example.target, example.label]).encode())

@@ -30,7 +30,8 @@ class Batch:
 
     causal: inputs and targets `(batch, seq)`, target t is the token after input t, -100 where none counts. seq2seq:
     targets `(batch, target_seq)`. encoder: targets `(batch,)` are label numbers, `label_inputs` the label texts.
-    `task_ids` `(batch,)`: the task of each row, where rows of several tasks stand together.
+    `task_ids` `(batch,)`: the task of each row, where rows of several tasks stand together; `label_task_ids`
+    `(labels,)`: the task of each label text, which only rows of that task may match.
     """
 
     kind: Kind
@@ -40,13 +41,21 @@ class Batch:
     label_inputs: Mapping[str, Tensor] | None = None
     where: tuple[str, ...] = ()
     task_ids: Tensor | None = None
+    label_task_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         labels = self.label_inputs and {name: tensor.to(device) for name, tensor in self.label_inputs.items()}
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        tasks = None if self.task_ids is None else self.task_ids.to(device)
-        return replace(self, inputs=inputs, targets=self.targets.to(device), label_inputs=labels, task_ids=tasks)
+        rows, texts = (None if ids is None else ids.to(device) for ids in (self.task_ids, self.label_task_ids))
+        return replace(
+            self,
+            inputs=inputs,
+            targets=self.targets.to(device),
+            label_inputs=labels,
+            task_ids=rows,
+            label_task_ids=texts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Packed:
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Batch:
         """The batch of these rows."""
-        return _causal([(list(row), 1) for row in rows], self.tokenizer)
+        return causal([(list(row), 1) for row in rows], self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +80,17 @@ class Prompted:
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         """The batch of these examples."""
+        return causal(self.joined(rows), self.tokenizer, tuple(example.where for example in rows))
+
+    def joined(self, rows: Sequence[Example]) -> list[tuple[list[int], int]]:
+        """For each example its token ids, and the place of the first that counts."""
         prompts = [example.text if example.label is None else f"{example.text}\n" for example in rows]
         starts = self.tokenizer(prompts)["input_ids"]
         ends = self.tokenizer([_target(e, self.labels) for e in rows], add_special_tokens=False)["input_ids"]
-        joined = [self._join(start, end) for start, end in zip(starts, ends, strict=True)]
-        return _causal(joined, self.tokenizer, tuple(example.where for example in rows))
+        return [self._join(start, end) for start, end in zip(starts, ends, strict=True)]
 
     def _join(self, start: Sequence[int], end: Sequence[int]) -> tuple[list[int], int]:
-        """Token ids, and the place of the first that counts. The completion stays; the prompt loses its beginning."""
+        """Of a row that is too long the completion stays; the prompt loses its beginning."""
         eos = self.tokenizer.eos_token_id
         prompt = list(start[:-1] if start and start[-1] == eos else start)
         room = min(self.max_target_length or self.max_length - 1, self.max_length - 1)
@@ -127,7 +139,8 @@ def _target(example: Example, labels: tuple[str, ...]) -> str:
     return labels[example.label] if example.label is not None else example.target or ""
 
 
-def _causal(rows: Sequence[tuple[list[int], int]], tokenizer: Tokenizer, where: tuple[str, ...] = ()) -> Batch:
+def causal(rows: Sequence[tuple[list[int], int]], tokenizer: Tokenizer, where: tuple[str, ...] = ()) -> Batch:
+    """A batch of rows of token ids, each with the place of its first token that counts."""
     ids = _pad([row for row, _ in rows], _pad_id(tokenizer))
     mask = _pad([[1] * len(row) for row, _ in rows], 0)
     targets = _pad([_next_tokens(row, first) for row, first in rows], IGNORED)
@@ -141,9 +154,18 @@ def _next_tokens(row: list[int], first: int) -> list[int]:
     return [token if position >= first else IGNORED for position, token in enumerate(row[1:], 1)] + [IGNORED]
 
 
-def _inputs(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+def inputs_of(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text, cut at `max_length`."""
+    return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+
+
+def padded_inputs(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token ids of several lengths as a model's inputs."""
     return {"input_ids": _pad(ids, _pad_id(tokenizer)), "attention_mask": _pad([[1] * len(row) for row in ids], 0)}
+
+
+def _inputs(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    return padded_inputs(tokenizer, inputs_of(tokenizer, texts, max_length))
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -51,9 +51,15 @@ def label_matching(model: Any, batch: Batch) -> Tensor:
     """
     if batch.label_inputs is None:
         raise ValueError("label matching needs batch.label_inputs, the texts of the labels.")
-    labels, texts = embed(model, batch.label_inputs), embed(model, batch.inputs)
+    with of_tasks(model, batch.label_task_ids):
+        labels = embed(model, batch.label_inputs)
+    with of_tasks(model, batch.task_ids):
+        texts = embed(model, batch.inputs)
     with torch.autocast(texts.device.type, enabled=False):
-        return cross_entropy(texts @ labels.T / TEMPERATURE, batch.targets, reduction="sum")
+        scores = texts @ labels.T / TEMPERATURE
+        if batch.task_ids is not None and batch.label_task_ids is not None:
+            scores = scores.masked_fill(batch.task_ids[:, None] != batch.label_task_ids, -torch.inf)
+        return cross_entropy(scores, batch.targets, reduction="sum")
 
 
 def embed(model: Any, inputs: Any) -> Tensor:

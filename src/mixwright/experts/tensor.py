@@ -1,0 +1,116 @@
+"""Experts whose factors are sums of tensor products: TLoRA, TensorPoly-I, TensorPoly-II and entangled order routing."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.tensor_product import build, expand, mix, project
+
+
+class TensorExperts(AbstractFactored):
+    """A_w = sum_s w_s [LN](u_s^(1) x ... x u_s^(N)), B_w likewise: Su et al. 2024, arXiv 2405.16671 (TensorPoly-I).
+
+    The experts are the R rank terms. Constant weights of one make it TLoRA. `norm` is the released code's layer norm of
+    each product of two leaves, without affine. Radices may exceed the widths; what is beyond them is cut.
+    """
+
+    def __init__(
+        self,
+        down: Sequence[Float[Tensor, "experts rank _"]],
+        up: Sequence[Float[Tensor, "experts rank _"]],
+        d_in: int,
+        d_out: int,
+        norm: bool = False,
+    ) -> None:
+        _refuse_misfit(down, up, d_in, d_out)
+        num_experts, rank, _ = down[0].shape
+        super().__init__(num_experts, rank, d_in, d_out, positions=None)
+        self.down = nn.ParameterList(down)
+        self.up = nn.ParameterList(up)
+        self.order, self.norm = len(down), norm
+
+    def factors(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
+        """Both factors by the fused build."""
+        down, up = tuple(self.down), tuple(self.up)
+        weights = weights.to(down[0].dtype)
+        return build(down, weights, self.d_in, self.norm), build(up, weights, self.d_out, self.norm)
+
+    def by_token(
+        self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
+    ) -> Float[Tensor, "tokens d_out"]:
+        """By mode products."""
+        down, up = tuple(self.down), tuple(self.up)
+        weights = weights.to(down[0].dtype)
+        hidden = project(x.to(down[0].dtype), down, weights, self.norm)
+        return expand(hidden, up, weights, self.d_out, self.norm)
+
+
+class OrderedTensorExperts(AbstractFactored):
+    """A_w = sum_g [LN](x_n sum_s w_ns u_sg^(n)): every order position chooses among its own leaves.
+
+    One group is TensorPoly-II (Su et al. 2024, arXiv 2405.16671), whose columns are rank-one tensors; several groups,
+    summed, are ours (entangled order routing) and lift them to rank `groups`.
+    """
+
+    def __init__(
+        self,
+        down: Sequence[Float[Tensor, "experts groups rank _"]],
+        up: Sequence[Float[Tensor, "experts groups rank _"]],
+        d_in: int,
+        d_out: int,
+        norm: bool = False,
+    ) -> None:
+        _refuse_misfit(down, up, d_in, d_out)
+        num_experts, groups, rank, _ = down[0].shape
+        super().__init__(num_experts, rank, d_in, d_out, positions=len(down))
+        self.down = nn.ParameterList(down)
+        self.up = nn.ParameterList(up)
+        self.order, self.groups, self.norm = len(down), groups, norm
+
+    def factors(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
+        """Leaves mixed by order position, then multiplied out and summed over the groups."""
+        down, up = tuple(self.down), tuple(self.up)
+        weights = weights.to(down[0].dtype)
+        ones = weights.new_ones((len(weights), self.groups))
+        return (
+            build(mix(down, weights), ones, self.d_in, self.norm),
+            build(mix(up, weights), ones, self.d_out, self.norm),
+        )
+
+    def by_token(
+        self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
+    ) -> Float[Tensor, "tokens d_out"]:
+        """Leaves mixed for each token, then mode products."""
+        down, up = tuple(self.down), tuple(self.up)
+        weights = weights.to(down[0].dtype)
+        ones = weights.new_ones((len(weights), self.groups))
+        hidden = project(x.to(down[0].dtype), mix(down, weights), ones, self.norm)
+        return expand(hidden, mix(up, weights), ones, self.d_out, self.norm)
+
+
+def _refuse_misfit(down: Sequence[Tensor], up: Sequence[Tensor], d_in: int, d_out: int) -> None:
+    if not down or len(down) != len(up):
+        raise ValueError(
+            f"down has {len(down)} order positions and up {len(up)}; give the same number of leaves to both."
+        )
+    shapes = {tuple(leaf.shape[:-1]) for leaf in (*down, *up)}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"leaves disagree in all but their last axis: {', '.join(str(shape) for shape in sorted(shapes))}; every "
+            "leaf has the same experts, groups and rank."
+        )
+    for name, leaves, width in (("down", down, d_in), ("up", up, d_out)):
+        radices = [leaf.shape[-1] for leaf in leaves]
+        product = torch.Size(radices).numel()
+        if product < width:
+            raise ValueError(
+                f"the {name} leaves of radices {' x '.join(map(str, radices))} = {product} do not cover a width of "
+                f"{width}; take ceil_radices or exact_radices of the width."
+            )
