@@ -146,12 +146,12 @@ class Condition:
     tokens.
     """
 
-    task_ids: Int[Tensor, " batch"] | None = None
+    task_ids: Int[Tensor, "#batch"] | None = None
     token_mask: Bool[Tensor, "batch seq"] | None = None
     encoder_mask: Bool[Tensor, "batch source"] | None = None
     support: SupportSet | None = None
     memory: RoutingMemory | None = None
-    task_weights: Float[Tensor, "batch tasks"] | None = None
+    task_weights: Float[Tensor, "#batch tasks"] | None = None
 
     def for_batch(self, batch: int) -> "Condition":
         """The same condition for `batch` rows: beams repeat each row in place. One row holds for any batch.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixwright.data.tasks import read_task
+from mixwright.data.tasks import read_task, task_of
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -101,3 +101,24 @@ def test_any_text_survives_the_file(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         task = read_task(write(Path(folder) / "x.jsonl", *({"text": text} for text in texts)))
     assert [example.text for example in task.examples] == texts
+
+
+def test_rows_in_memory_make_the_same_task_as_their_file(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "no"}, {"text": "b", "label": "yes"}]
+    held = task_of(rows, name="mood")
+    assert (held.name, held.labels, held.examples[1].where) == ("mood", ("no", "yes"), "mood[1]")
+    assert [e.label for e in held.examples] == [e.label for e in read_task(write(tmp_path / "m.jsonl", *rows)).examples]
+    assert task_of([{"text": "a", "label": 1}], name="mood", labels=("sad", "glad")).examples[0].label == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "mood: no examples"),
+        ([{"text": "a"}, ("b", "c")], r"mood\[1\]: a tuple; expected rows with keys"),
+        ([{"text": "a", "label": "no"}, {"text": "b"}], r"mood\[1\]: no 'label'"),
+    ],
+)
+def test_a_bad_row_in_memory_is_named_by_its_number(rows: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_of(rows, name="mood")

@@ -176,3 +176,10 @@ def test_beams_repeat_rows_in_place_and_other_batches_are_refused() -> None:
     assert shares is not None and shares.argmax(-1).tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="condition.task_ids has 2 rows but the pass has 5"):
         of(3, 1).for_batch(5)
+
+
+def test_one_row_of_a_condition_goes_with_masks_of_any_batch() -> None:
+    masks = {"token_mask": torch.ones(5, 3, dtype=torch.bool), "encoder_mask": torch.ones(5, 4, dtype=torch.bool)}
+    one = Condition(task_ids=torch.tensor([1]), **masks)
+    alike = Condition(task_weights=torch.ones(1, 2), **masks)
+    assert one.for_batch(5).task_ids is one.task_ids and alike.for_batch(5).task_weights is alike.task_weights

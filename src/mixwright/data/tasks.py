@@ -87,7 +87,7 @@ def task_of(
     format: Format | Literal["auto"] = "auto",
     labels: Sequence[str] | None = None,
 ) -> TextTask:
-    """The same of rows that stand in memory, such as `{"text": ..., "label": ...}`. Raises ValueError, naming the row."""
+    """The same of rows in memory, such as `{"text": ..., "label": ...}`. Raises ValueError, naming the row."""
     if not rows:
         raise ValueError(f"{name}: no examples; give at least one row.")
     strange = next((row for row in rows if not isinstance(row, Mapping)), None)  # pyright: ignore  (a caller's rows)
