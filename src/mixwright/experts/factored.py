@@ -48,6 +48,17 @@ class AbstractFactored(AbstractExperts):
     ) -> Float[Tensor, "tokens d_out"]:
         """(x A_w) B_w where every token has weights of its own."""
 
+    @abstractmethod
+    def contribution(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> Float[Tensor, "choices orders experts experts"]:
+        """<D_s, D_p> of the parts of each choice's update, in float64, from r x r Grams: no factor and no update built.
+
+        D_s = (A_s B_w + A_w B_s) / (2 rank), where the A_s of all experts sum to A_w and the B_s to B_w; where order
+        positions choose for themselves, once for each of them (marginals), else `orders` is 1. A row sums to
+        <D_s, update>, all of them to the squared Frobenius norm of the update.
+        """
+
     def forward(
         self, x: Float[Tensor, "*batch d_in"], routing: Routing, condition: Condition
     ) -> Float[Tensor, "*batch d_out"]:

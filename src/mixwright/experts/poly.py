@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.tensor_gram import update_products
 
 
 class PolyExperts(AbstractFactored):
@@ -58,3 +59,15 @@ class PolyExperts(AbstractFactored):
         inner = torch.einsum("thi,srhi->thsr", x.unflatten(1, (self.heads, -1)), down)
         hidden = torch.einsum("thsr,ths->tr", inner, weights)
         return torch.einsum("tr,ths,srho->tho", hidden, weights, up).flatten(1)
+
+    def contribution(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> Float[Tensor, "choices orders experts experts"]:
+        """The part of an expert is what it adds to all heads together."""
+        by_head = weights.double().view(len(weights), self.heads, self.num_experts)
+        return update_products(self._grams(self.down, by_head), self._grams(self.up, by_head))[:, None]
+
+    def _grams(self, stored: Tensor, weights: Tensor) -> Tensor:
+        blocks = stored.detach().double().unflatten(2, (self.heads, -1))
+        grams = torch.einsum("sjhd,pkhd->hspjk", blocks, blocks)
+        return torch.einsum("chs,chp,hspjk->cspjk", weights, weights, grams)

@@ -1,12 +1,13 @@
 """Experts whose factors are sums of tensor products: TLoRA, TensorPoly-I, TensorPoly-II and entangled order routing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.tensor_gram import order_grams, term_grams, update_products
 from mixwright.ops.tensor_product import build, expand, mix, project
 
 
@@ -48,6 +49,17 @@ class TensorExperts(AbstractFactored):
         weights = weights.to(down[0].dtype)
         hidden = project(x.to(down[0].dtype), down, weights, self.norm)
         return expand(hidden, up, weights, self.d_out, self.norm)
+
+    def contribution(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> Float[Tensor, "choices orders experts experts"]:
+        """The part of an expert is its rank term, exact with the cut and with the norm."""
+        pairs = torch.einsum("cs,cp->csp", weights.double(), weights.double())[..., None, None]
+        down, up = (
+            term_grams(_wide(leaves), width, self.norm)
+            for leaves, width in ((self.down, self.d_in), (self.up, self.d_out))
+        )
+        return update_products(pairs * down, pairs * up)[:, None]
 
 
 class OrderedTensorExperts(AbstractFactored):
@@ -93,6 +105,21 @@ class OrderedTensorExperts(AbstractFactored):
         ones = weights.new_ones((len(weights), self.groups))
         hidden = project(x.to(down[0].dtype), mix(down, weights), ones, self.norm)
         return expand(hidden, mix(up, weights), ones, self.d_out, self.norm)
+
+    def contribution(
+        self, weights: Float[Tensor, "choices *positions experts"]
+    ) -> Float[Tensor, "choices orders experts experts"]:
+        """The part of an expert at an order position: see `order_grams`."""
+        wide = weights.double()
+        down, up = (
+            order_grams(_wide(leaves), wide, width, self.norm)
+            for leaves, width in ((self.down, self.d_in), (self.up, self.d_out))
+        )
+        return update_products(down, up)
+
+
+def _wide(leaves: Iterable[Tensor]) -> list[Tensor]:
+    return [leaf.detach().double() for leaf in leaves]
 
 
 def _refuse_misfit(down: Sequence[Tensor], up: Sequence[Tensor], d_in: int, d_out: int) -> None:
