@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
+from mixwright.config import decode
 from mixwright.methods.tensorpoly.adapt import adapt
 from mixwright.methods.tensorpoly.config import MATRIX, TensorPolyConfig
 from mixwright.methods.tensorpoly.model import TaskComposedModel, compose
@@ -89,7 +90,7 @@ def _trained(config: TensorPolyConfig, before: ComposedModel | None) -> TaskComp
 def _under(config: TensorPolyConfig, model: ComposedModel) -> TaskComposedModel:
     """A composition with the training settings of `config`. Raises ValueError for another setting that differs."""
     assert isinstance(model, TaskComposedModel)
-    stored = TensorPolyConfig(**model.composition.config).settled()
+    stored = decode(TensorPolyConfig, model.composition.config, where="composition").settled()
     for field in fields(TensorPolyConfig):
         old, new = getattr(stored, field.name), getattr(config.settled(), field.name)
         if field.name not in OF_TRAINING and old != new:
