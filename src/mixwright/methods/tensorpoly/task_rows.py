@@ -24,9 +24,7 @@ def task_routers(model: ComposedModel) -> tuple[TaskLogits, ...]:
 def fresh_rows(model: ComposedModel, seed: int) -> Rows:
     """U(-1e-3, 1e-3), drawn router after router."""
     draw = torch.Generator().manual_seed(seed)
-    return {
-        router: first_logits((1, *router.logits.shape[1:]), draw) for router in task_routers(model)
-    }
+    return {router: first_logits((1, *router.logits.shape[1:]), draw) for router in task_routers(model)}
 
 
 def mean_rows(model: ComposedModel) -> Rows:
