@@ -11,14 +11,18 @@ if TYPE_CHECKING:
 
 
 def card_text(stored: "StoredComposition", composition: "Composition") -> str:
-    """The text of README.md: hub metadata, the parts with their licences, how to load it, what to cite."""
-    experts = composition.experts
+    """The text of README.md: hub metadata, the parts with their licences, how to load it, what to cite.
+
+    A composition whose experts were trained in it, on named tasks, lists these tasks; it has no experts of a catalogue.
+    """
+    experts, tasks = composition.experts, _tasks(stored)
     name = stored.backbone.path or stored.backbone.architecture
     revision = f" at `{stored.backbone.revision}`" if stored.backbone.revision else ""
+    count = f"{_plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
     lines = [
         f"---\n{write_yaml(_metadata(stored, experts))}---",
         "",
-        f"# {len(stored.pool)} experts on {_plain(name)}",
+        f"# {count} on {_plain(name)}",
         "",
         f"A composition made with mixwright by the method *{_plain(stored.method)}*. The backbone, "
         f"`{_plain(name)}`{revision}, is not in this folder; its fingerprint is `{stored.backbone.fingerprint}`.",
@@ -27,8 +31,41 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         "import mixwright as mw",
         "",
         'model = mw.load("this-folder-or-repository")',
+        *_with_task(tasks),
         "```",
         "",
+        *(_tasks_text(stored, tasks) if tasks else ()),
+        *(_experts_text(experts) if experts else ()),
+        "## Routing",
+        "",
+        *(f"- `{_plain(key)}`: {_plain(value)}" for key, value in stored.config.items() if key != "tasks"),
+    ]
+    if composition.citation:
+        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _tasks(stored: "StoredComposition") -> list[str]:
+    return [str(task) for task in stored.config.get("tasks") or ()]
+
+
+def _with_task(tasks: Sequence[str]) -> list[str]:
+    return [f'with model.with_task("{_plain(tasks[0])}"):', "    outputs = model(**inputs)"] if tasks else []
+
+
+def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
+    return [
+        "## Tasks",
+        "",
+        f"{len(stored.pool)} latent experts were trained in this composition, together on these tasks:",
+        "",
+        *(f"- {_plain(task)}" for task in tasks),
+        "",
+    ]
+
+
+def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
         "## Experts",
         "",
         "| id | task | licence | source | gain over the backbone |",
@@ -37,13 +74,7 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         "",
         "The licence of every part applies to what it contributes. `experts.lock.json` has the SHA-256 of every file.",
         "",
-        "## Routing",
-        "",
-        *(f"- `{_plain(key)}`: {_plain(value)}" for key, value in stored.config.items()),
     ]
-    if composition.citation:
-        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
-    return "\n".join(lines) + "\n"
 
 
 def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -51,8 +82,9 @@ def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]])
     metadata: dict[str, Any] = {
         "library_name": "mixwright",
         "tags": ["mixwright", stored.method, "mixture-of-experts", "lora"],
-        "license": licences.pop().lower() if len(licences) == 1 else "other",
     }
+    if experts or not _tasks(stored):
+        metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
     if stored.backbone.path.count("/") == 1 and not stored.backbone.path.startswith((".", "/", "~")):
         metadata["base_model"] = stored.backbone.path
         metadata["base_model_relation"] = "adapter"

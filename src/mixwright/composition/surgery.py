@@ -13,20 +13,22 @@ def install(backbone: nn.Module, mixtures: Mapping[str, Mixture], channel: Chann
 
     A layer that the backbone holds under several paths is replaced at all of them, by the one mixture.
     """
+    held = _paths(backbone)
     for path, mixture in mixtures.items():
         mixture.site, mixture.channel = path, channel
         mixture.train(backbone.training)
         if isinstance(_owner(backbone, path), nn.TransformerEncoderLayer):
             mixture.register_forward_hook(_nothing)  # torch's fused layer reads weights past a module without hooks
-        _replace(backbone, backbone.get_submodule(path), mixture)
+        _replace(backbone, held[id(backbone.get_submodule(path))], mixture)
 
 
 def uninstall(backbone: nn.Module, mixtures: Mapping[str, Mixture]) -> None:
     """Put the bases back."""
+    held = _paths(backbone)
     for path, mixture in mixtures.items():
         if mixture.base is None:
             raise ValueError(f"the mixture at {path} has no base to put back.")
-        _replace(backbone, mixture, mixture.base)
+        _replace(backbone, held[id(mixture)], mixture.base)
 
 
 def freeze(module: nn.Module) -> tuple[nn.Parameter, ...]:
@@ -45,7 +47,14 @@ def _nothing(*_: object) -> None:
     return None
 
 
-def _replace(backbone: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    paths = [path for path, module in backbone.named_modules(remove_duplicate=False) if module is old]
+def _paths(backbone: nn.Module) -> dict[int, list[str]]:
+    """Every path of every module, in one walk."""
+    found: dict[int, list[str]] = {}
+    for path, module in backbone.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def _replace(backbone: nn.Module, paths: list[str], new: nn.Module) -> None:
     for path in paths:
         setattr(_owner(backbone, path), path.rpartition(".")[2], new)

@@ -11,12 +11,14 @@ _SAMPLES = 512
 def fingerprint(model: nn.Module) -> str:
     """A short name for a backbone: its parameters' paths and shapes, and values sampled from each.
 
-    Values are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has one fingerprint.
+    Values are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has one fingerprint. Of a
+    parameter on the meta device, which has no values, paths and shapes alone count.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_sample(parameter.detach()).tobytes())
+        if not parameter.is_meta:
+            digest.update(_sample(parameter.detach()).tobytes())
     return digest.hexdigest()[:32]
 
 

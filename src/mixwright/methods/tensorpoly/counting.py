@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.experts.tensor import OrderedTensorExperts, TensorExperts
+from mixwright.ops.tensor_product import dead_entries
 from mixwright.routers.task import TaskLogits
 
 if TYPE_CHECKING:
@@ -60,4 +62,11 @@ def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _dead(experts: AbstractFactored) -> int: ...
+def _dead(experts: AbstractFactored) -> int:
+    if not isinstance(experts, TensorExperts | OrderedTensorExperts):
+        return 0
+    return sum(
+        dead * leaf.numel() // leaf.shape[-1]
+        for leaves, width in ((experts.down, experts.d_in), (experts.up, experts.d_out))
+        for leaf, dead in zip(leaves, dead_entries(width, [leaf.shape[-1] for leaf in leaves]))
+    )

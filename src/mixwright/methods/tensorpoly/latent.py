@@ -32,7 +32,7 @@ def shapes(config: TensorPolyConfig, d_in: int, d_out: int) -> tuple[Shapes, Sha
 def positions(config: TensorPolyConfig) -> int | None:
     """Order positions or heads that choose apart; None where a layer makes one choice."""
     if config.experts == "mhr":
-        return config.heads
+        return config.heads if config.heads != 1 else None
     return config.order if config.experts in ORDERED else None
 
 
