@@ -1,4 +1,4 @@
-"""A model that knows four tasks, and shots of a fifth, labelled by the same experts under routing that it has no row for.
+"""A model that knows four tasks, and shots of a fifth, labelled by its own experts under routing it has no row for.
 
 So it is known which adaptation is right: a new row of logits explains the shots, and where the hidden routing is that
 of a known task, that task's row does at once.
@@ -19,6 +19,10 @@ from mixwright.methods.tensorpoly.task_rows import alone, task_routers
 from mixwright.routing import Condition
 
 TASKS = ("zero", "one", "two", "three")
+HALVES = (0.5, 0.5, 0.0, 0.0)
+"""Weights that no task has."""
+TWO = (0.0, 0.0, 1.0, 0.0)
+"""Those of task `two`."""
 VOCAB = 24
 
 

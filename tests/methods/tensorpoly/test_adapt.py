@@ -1,6 +1,5 @@
-"""Adapting to a new task: what learns, what stays to the bit, what k-fold validation chooses, and that failure undoes."""
+"""Adapting to a new task: what learns, what stays to the bit, what the folds choose, and that failure is undone."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +17,9 @@ from mixwright.methods.tensorpoly.adapt import adapt
 from mixwright.methods.tensorpoly.shots import deal
 from mixwright.methods.tensorpoly.task_rows import append, mean_rows, task_routers
 
-_SPEC = importlib.util.spec_from_file_location("teacher", Path(__file__).with_name("teacher.py"))
-assert _SPEC is not None and _SPEC.loader is not None
-teacher = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(teacher)
+from . import teacher
+from .teacher import HALVES, TWO
 
-HALVES = (0.5, 0.5, 0.0, 0.0)
-TWO = (0.0, 0.0, 1.0, 0.0)
 TOKENS = torch.arange(3, 9)[None]
 
 

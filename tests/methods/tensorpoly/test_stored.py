@@ -59,7 +59,9 @@ def test_the_same_model_after_loading(kind: str, share: str, tmp_path: Path) -> 
     assert {k: v.shape for k, v in loaded.added_state().items()} == {k: v.shape for k, v in model.added_state().items()}
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(loaded), strict=True))
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "composition.yaml").read_text() == (tmp_path / "saved" / "composition.yaml").read_text()
+    assert (tmp_path / "again" / "composition.yaml").read_text() == (
+        tmp_path / "saved" / "composition.yaml"
+    ).read_text()
 
 
 def test_a_loaded_model_trains_on(tmp_path: Path) -> None:
@@ -72,7 +74,11 @@ def test_a_loaded_model_trains_on(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[str, str, str]] = {
-    "order": ("order: 2", "order: 4", r"SHAPE encoder.*tensorpoly-1 of order 4.*what was saved is of order 2, .*\(3, 2, 6\)"),
+    "order": (
+        "order: 2",
+        "order: 4",
+        r"SHAPE encoder.*tensorpoly-1 of order 4.*what was saved is of order 2, .*\(3, 2, 6\)",
+    ),
     "rank": ("rank: 2", "rank: 4", r"SHAPE .*rank 4.*Load it with the config that it was saved with"),
     "kind": ("experts: tensorpoly-1", "experts: tensorpoly-2", r"SHAPE .*tensorpoly-2 of order 2.*groups 1"),
     "latent": ("num_latent: 3", "num_latent: 2", r"SHAPE pool.* 3 experts and the config num_latent=2"),

@@ -141,7 +141,9 @@ def _unfit_counts(config: TensorPolyConfig) -> list[str]:
     faults += [f"{name}={value}: expected more than 0" for name in positive if not (value := getattr(config, name)) > 0]
     shares = (config.warmup, config.cooldown)
     if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        faults.append(f"warmup={config.warmup}, cooldown={config.cooldown}: expected shares of the steps, together <= 1")
+        faults.append(
+            f"warmup={config.warmup}, cooldown={config.cooldown}: expected shares of the steps, together <= 1"
+        )
     if config.seed < 0:
         faults.append(f"seed={config.seed}: expected 0 or more")
     return faults
@@ -165,7 +167,9 @@ def _unfit_choices(config: TensorPolyConfig) -> list[str]:
     if matrix and config.order not in (1, TensorPolyConfig.order):
         faults.append(f"order={config.order}: {kind} has no tensor products; leave order out or choose a tensor kind")
     if config.norm == "pair" and (matrix or config.order == 1):
-        faults.append(f"norm='pair': {'order 1' if not matrix else kind} has no pairs of leaves to normalise; norm='none'")
+        faults.append(
+            f"norm='pair': {'order 1' if not matrix else kind} has no pairs of leaves to normalise; norm='none'"
+        )
     if matrix and config.factorization == "exact":
         faults.append(f"factorization='exact': {kind} has no leaves; leave it out or choose a tensor kind")
     return faults

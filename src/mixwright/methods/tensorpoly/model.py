@@ -145,7 +145,9 @@ class TaskComposedModel(ComposedModel):
         many = [task] if isinstance(task, str | int) else list(task)
         if not many:
             raise ValueError("with_task([]): give one task for each row of the batch.")
-        ids = torch.tensor([self.task_id(one) for one in many], device=_device(self.backbone, next(iter(self.mixtures))))
+        ids = torch.tensor(
+            [self.task_id(one) for one in many], device=_device(self.backbone, next(iter(self.mixtures)))
+        )
         with self.under(replace(self._given, task_ids=ids, task_weights=None)):
             yield
 

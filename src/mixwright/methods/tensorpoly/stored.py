@@ -64,9 +64,7 @@ def _factors(config: TensorPolyConfig, state: SiteState, site: Site) -> tuple[li
     return sides[0], sides[1]
 
 
-def _router(
-    config: TensorPolyConfig, state: SiteState, path: str, shared: dict[str, AbstractRouter]
-) -> AbstractRouter:
+def _router(config: TensorPolyConfig, state: SiteState, path: str, shared: dict[str, AbstractRouter]) -> AbstractRouter:
     """The site's router; the one that another site made where the config says that they share it."""
     name, latent, apart = "logits" if config.is_routed else "weights", config.num_latent or 1, positions(config)
     tasks = (len(config.tasks), latent) if apart is None else (len(config.tasks), apart, latent)
@@ -87,7 +85,9 @@ def _router(
         shared[key] = learned(config, held.clone())
     elif not torch.equal(shared[key].get_parameter("logits").cpu(), held.cpu()):
         raise CatalogError(
-            "TENSOR", path, f"with share={config.share!r} it has the router of {key or 'the model'!r}, but other logits."
+            "TENSOR",
+            path,
+            f"with share={config.share!r} it has the router of {key or 'the model'!r}, but other logits.",
         )
     return shared[key]
 
