@@ -191,12 +191,12 @@ def _candidates(model: ComposedModel, what: str, start: str | None, config: Tens
         return (Candidate(what="experts", start="uniform"),)
     if what == "experts" and start not in (None, "auto"):
         raise ValueError(f"start={start!r}: what='experts' trains under uniform routing; leave start out.")
-    first = start or config.start
-    starts = [one for one in STARTS if first in (one, "auto")]
+    asked = start or config.start
+    starts = [one for one in STARTS if asked in (one, "auto")]
     found: list[Candidate] = []
     for one in WHAT:
-        if what in (one, "auto"):
-            found += [Candidate(what=one, start=s) for s in (("uniform",) if one == "experts" else starts)]
+        own: Sequence[Start] = ("uniform",) if one == "experts" else starts
+        found += [Candidate(what=one, start=first) for first in own if what in (one, "auto")]
     return tuple(found)
 
 

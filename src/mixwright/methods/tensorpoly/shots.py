@@ -80,7 +80,7 @@ def kind_of(model: ComposedModel) -> Kind:
     kind = provenance(model.backbone)["kind"]
     if kind not in ("causal", "seq2seq", "encoder"):
         raise ValueError(f"a backbone of kind {kind!r} reads no text; give the examples as Batches of your own.")
-    return cast(Kind, kind)
+    return kind
 
 
 def tokenizer_of(model: ComposedModel) -> Any:
