@@ -1,19 +1,80 @@
-"""Factors built before, kept while nothing they were built from has changed."""
+"""Factors built before, kept while nothing that they were built from has changed."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from mixwright.routing import Routing
+
+MOST = 16
+"""Choices that one cache keeps; a rank 16 choice of a layer of width 4096 takes half a megabyte."""
+
+
+Built = tuple[Tensor, Tensor, Tensor | None]
+"""Factors `(choices, rank, width)` down and up, and which of the choices each row has; see `ops/low_rank.py`."""
 
 
 class FactorCache:
-    """Built factors by what was asked for. A copy or a pickle starts empty."""
+    """Built factors by tasks and type; valid while the weights are equal and the leaves unwritten.
+
+    `latest` answers without looking at a single weight when the very same routing comes again. A copy or a pickle
+    starts empty, and so does whoever calls `forget`.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.forget()
 
     def forget(self) -> None:
         """As new."""
-        self._entries.clear()
+        self._leaves: tuple[Any, ...] = ()
+        self._entries: dict[Any, tuple[Tensor, Built]] = {}
+        self._latest: tuple[Routing, int | None, Any, Built] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_entries": {}}
+    def latest(self, routing: Routing, how: Any, leaves: Sequence[Tensor]) -> Built | None:
+        """What was built for this routing object at the last call, if it was asked for the same way."""
+        latest = self._latest
+        if latest is None or latest[0] is not routing or latest[2] != how:
+            return None
+        counted = _version(routing.weights)
+        return latest[3] if counted is not None and counted == latest[1] and self._unwritten(leaves) else None
+
+    def find(self, routing: Routing, how: Any, key: Any, weights: Tensor, leaves: Sequence[Tensor]) -> Built | None:
+        """What was built under `key` for equal weights."""
+        if not self._unwritten(leaves):
+            self.forget()
+            return None
+        entry = self._entries.get(key)
+        if entry is None or not torch.equal(entry[0], weights):
+            return None
+        self._latest = (routing, _version(routing.weights), how, entry[1])
+        return entry[1]
+
+    def keep(
+        self, routing: Routing, how: Any, key: Any, weights: Tensor, leaves: Sequence[Tensor], built: Built
+    ) -> None:
+        """Remember `built`; the oldest are dropped when too many choices are kept."""
+        versions = tuple((leaf, _version(leaf), leaf.data_ptr()) for leaf in leaves)
+        if any(counted is None for _, counted, _ in versions) or len(built[0]) > MOST:
+            return
+        self._leaves = versions
+        self._entries.pop(key, None)
+        self._entries[key] = (weights.detach().clone(), built)
+        while sum(len(entry[0]) for _, entry in self._entries.values()) > MOST:
+            del self._entries[next(iter(self._entries))]
+        self._latest = (routing, _version(routing.weights), how, built)
+
+    def _unwritten(self, leaves: Sequence[Tensor]) -> bool:
+        return len(leaves) == len(self._leaves) and all(
+            leaf is seen and not leaf.is_inference() and leaf._version == counted and leaf.data_ptr() == place  # pyright: ignore[reportPrivateUsage]
+            for leaf, (seen, counted, place) in zip(leaves, self._leaves)
+        )
+
+    def __reduce__(self) -> Any:
+        return FactorCache, ()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None for one made in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]  (the only counter)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixwright.experts.base import AbstractExperts
 from mixwright.experts.factor_cache import FactorCache
+from mixwright.ops.low_rank import low_rank
 from mixwright.routing import Condition, Routing
 
 
@@ -59,35 +60,85 @@ class AbstractFactored(AbstractExperts):
         <D_s, update>, all of them to the squared Frobenius norm of the update.
         """
 
+    @abstractmethod
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Every parameter that factors are built from, in one order."""
+
     def forward(
         self, x: Float[Tensor, "*batch d_in"], routing: Routing, condition: Condition
     ) -> Float[Tensor, "*batch d_out"]:
         """(1/rank) (x A_w) B_w."""
-        return self._combined(x, routing, condition) / self.rank
+        built = self._built(x, routing, condition)
+        return self._by_token(x, routing) if built is None else low_rank(x, *built, scale=1 / self.rank)
 
-    def _combined(self, x: Tensor, routing: Routing, condition: Condition) -> Tensor:
+    def onto(
+        self,
+        base: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        routing: Routing,
+        condition: Condition,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The same added to `base`, in its memory where no gradient is recorded."""
+        built = self._built(x, routing, condition)
+        if built is None or built[0].dtype != base.dtype:
+            out = self._by_token(x, routing) if built is None else low_rank(x, *built, scale=1 / self.rank)
+            return base + out.to(base.dtype)
+        return low_rank(x, *built, scale=1 / self.rank, onto=base)
+
+    def _by_token(self, x: Tensor, routing: Routing) -> Tensor:
         weights = self.weights(routing, x.dim())
-        by_row = weights.shape[: x.dim() - 1]
-        if by_row[1:].numel() != 1:
-            tokens = x.reshape(-1, self.d_in)
-            own = weights.expand(*x.shape[:-1], *weights.shape[x.dim() - 1 :]).flatten(0, x.dim() - 2)
-            with torch.autocast(x.device.type, enabled=False):
-                out = self.by_token(tokens.to(torch.promote_types(x.dtype, torch.float32)), own)
-            return out.to(x.dtype).view(*x.shape[:-1], self.d_out)
-        weights = weights.reshape(by_row[0] if by_row else 1, *weights.shape[len(by_row) :])
-        first, row = _distinct(weights, condition)
-        down, up = self._built(weights[first])
-        down, up = down.to(x.dtype), up.to(x.dtype)
-        if len(down) == 1:
-            return x @ down[0].T @ up[0]
-        if row is not None:
-            down, up = down[row], up[row]
-        rows = x.reshape(len(x), x.shape[1:-1].numel(), self.d_in)
-        return (rows @ down.transpose(1, 2) @ up).view(*x.shape[:-1], self.d_out)
+        own = weights.expand(*x.shape[:-1], *weights.shape[x.dim() - 1 :]).flatten(0, x.dim() - 2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with _as_it_is(x):
+            out = self.by_token(x.reshape(-1, self.d_in).to(wide), own) / self.rank
+        return out.to(x.dtype).view(*x.shape[:-1], self.d_out)
 
-    def _built(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(weights.device.type, enabled=False):
-            return self.factors(weights)
+    def _built(self, x: Tensor, routing: Routing, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Factors in the type to compute in, and which of them each row takes; None where every token has its own."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if _autocasts(x) else x.dtype
+        leaves = self.leaves()
+        recorded = torch.is_grad_enabled() and (
+            routing.weights.requires_grad or any(leaf.requires_grad for leaf in leaves)
+        )
+        if self.training or recorded or device == "meta" or torch.compiler.is_compiling():
+            return self._anew(x, dtype, routing, condition)
+        how = (x.dim(), dtype)
+        kept = self._kept.latest(routing, how, leaves)
+        if kept is not None:
+            return kept
+        choices = self._by_row(routing, x)
+        if choices is None:
+            return None
+        ids = condition.task_ids
+        key = (dtype, None if ids is None else tuple(ids.tolist()))
+        kept = self._kept.find(routing, how, key, choices, leaves)
+        if kept is None:
+            # What is made in inference mode could never again take part in a pass that records gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._anew(x, dtype, routing, condition)
+            assert kept is not None
+            self._kept.keep(routing, how, key, choices, leaves, kept)
+        return kept
+
+    def _anew(
+        self, x: Tensor, dtype: torch.dtype, routing: Routing, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        choices = self._by_row(routing, x)
+        if choices is None:
+            return None
+        choices, row = distinct(choices, condition.task_ids)
+        with _as_it_is(x):
+            down, up = self.factors(choices)
+        return down.to(dtype), up.to(dtype), row
+
+    def _by_row(self, routing: Routing, x: Tensor) -> Tensor | None:
+        """Weights `(batch or 1, [positions,] experts)`, or None if they vary by token."""
+        weights = self.weights(routing, x.dim())
+        leading = weights.shape[: x.dim() - 1]
+        if leading[1:].numel() != 1:
+            return None
+        return weights.reshape(leading[0] if leading else 1, *weights.shape[len(leading) :])
 
     def weights(self, routing: Routing, axes: int) -> Float[Tensor, "*decision experts"]:
         """Weights with an axis for each leading axis of an input of `axes` axes, and for positions where there are any.
@@ -143,18 +194,37 @@ class AbstractFactored(AbstractExperts):
         self._kept.forget()
 
 
-def _distinct(weights: Tensor, condition: Condition) -> tuple[Any, Tensor | None]:
-    """The first row of each distinct choice, and which choice each row has; `slice(None), None` if all are distinct."""
-    ids = condition.task_ids
-    if ids is None or len(weights) < 2 or len(ids) != len(weights):
-        return slice(None), None
-    _, row = torch.unique(ids, return_inverse=True)
-    count = int(row.max()) + 1
-    if count == len(weights):
-        return slice(None), None
-    first = torch.full((count,), len(row), device=row.device).scatter_reduce(
-        0, row, torch.arange(len(row), device=row.device), "amin"
-    )
-    with torch.no_grad():
-        same = torch.equal(weights[first][row], weights)
-    return (first, row) if same else (slice(None), None)
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _as_it_is(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, nothing is cast; entering a context that is not needed would take longer than a small layer does."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
+
+
+def distinct(
+    weights: Float[Tensor, "batch *positions experts"], task_ids: Tensor | None
+) -> tuple[Float[Tensor, "choices *positions experts"], Tensor | None]:
+    """The distinct rows of `weights`, and which of them each row is; None where they share the rows out evenly.
+
+    Rows of one task are one choice if their weights are equal, which noise or a router that looks at x prevents.
+    """
+    if task_ids is None or len(weights) < 2 or len(task_ids) != len(weights):
+        return weights, None
+    if weights.device.type == "meta" or torch.compiler.is_compiling():
+        return weights, None
+    firsts: dict[int, int] = {}
+    found = [firsts.setdefault(task, place) for place, task in enumerate(task_ids.tolist())]
+    if len(firsts) == len(found):
+        return weights, None
+    if len(firsts) == 1:
+        return (weights[:1], None) if torch.equal(weights[:1].expand_as(weights), weights) else (weights, None)
+    choice = {place: number for number, place in enumerate(firsts.values())}
+    row = torch.tensor([choice[place] for place in found], device=weights.device)
+    chosen = weights[torch.tensor(list(choice), device=weights.device)]
+    if not torch.equal(chosen[row], weights):
+        return weights, None
+    share = len(found) // len(choice)
+    evenly = [choice[place] for place in found] == [place // share for place in range(len(found))]
+    return chosen, None if evenly and share * len(choice) == len(found) else row

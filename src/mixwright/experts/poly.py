@@ -16,7 +16,7 @@ class PolyExperts(AbstractFactored):
     """
 
     def __init__(
-        self, down: Float[Tensor, "experts rank d_in"], up: Float[Tensor, "experts rank d_out"], heads: int = 1
+        self, down: Float[Tensor, "experts rank d_in"], up: Float[Tensor, "experts _ d_out"], heads: int = 1
     ) -> None:
         num_experts, rank, d_in = down.shape
         d_out = up.shape[2]
@@ -33,6 +33,10 @@ class PolyExperts(AbstractFactored):
         self.heads = heads
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Both factors of all experts."""
+        return self.down, self.up
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]

@@ -20,8 +20,8 @@ class TensorExperts(AbstractFactored):
 
     def __init__(
         self,
-        down: Sequence[Float[Tensor, "experts rank _"]],
-        up: Sequence[Float[Tensor, "experts rank _"]],
+        down: Sequence[Float[Tensor, "experts _ _"]],
+        up: Sequence[Float[Tensor, "experts _ _"]],
         d_in: int,
         d_out: int,
         norm: bool = False,
@@ -32,6 +32,10 @@ class TensorExperts(AbstractFactored):
         self.down = nn.ParameterList(down)
         self.up = nn.ParameterList(up)
         self.order, self.norm = len(down), norm
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those of A by order position, then those of B."""
+        return (*self.down, *self.up)
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
@@ -71,8 +75,8 @@ class OrderedTensorExperts(AbstractFactored):
 
     def __init__(
         self,
-        down: Sequence[Float[Tensor, "experts groups rank _"]],
-        up: Sequence[Float[Tensor, "experts groups rank _"]],
+        down: Sequence[Float[Tensor, "experts groups _ _"]],
+        up: Sequence[Float[Tensor, "experts groups _ _"]],
         d_in: int,
         d_out: int,
         norm: bool = False,
@@ -83,6 +87,10 @@ class OrderedTensorExperts(AbstractFactored):
         self.down = nn.ParameterList(down)
         self.up = nn.ParameterList(up)
         self.order, self.groups, self.norm = len(down), groups, norm
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those of A by order position, then those of B."""
+        return (*self.down, *self.up)
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]

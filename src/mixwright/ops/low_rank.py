@@ -1,7 +1,7 @@
 """Linear algebra of matrices that are small in the middle: nothing of size (d_out, d_in) is ever formed."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -22,6 +22,38 @@ def product_svd(
     singular = torch.nn.functional.pad(singular, (0, missing))
     right = torch.nn.functional.pad(right, (0, 0, 0, missing))
     return singular.float(), right.float()
+
+
+def low_rank(
+    x: Float[Tensor, "*batch d_in"],
+    down: Float[Tensor, "choices rank d_in"],
+    up: Float[Tensor, "choices rank d_out"],
+    row: Int[Tensor, " rows"] | None = None,
+    *,
+    scale: float = 1.0,
+    onto: Float[Tensor, "*batch d_out"] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """scale (x down^T) up, where row i of x's first axis takes choice `row[i]`.
+
+    Without `row` the choices share the rows out evenly, in their order: one for all, or one for each. `onto` is an
+    output to which the result is added; it is overwritten where no gradient is recorded, so hand over only a tensor
+    that nobody else holds. Computed in the factors' type, which must be that of `onto`.
+    """
+    x, d_out = x.to(down.dtype), up.shape[2]
+    if len(down) == 1:
+        hidden = torch.nn.functional.linear(x, down[0])
+        if onto is None:
+            return (hidden * scale) @ up[0]
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+        return add(onto.reshape(-1, d_out), hidden.reshape(-1, hidden.shape[-1]), up[0], alpha=scale).view(onto.shape)
+    if row is not None:
+        down, up = down[row], up[row]
+    shape = (len(down), x.shape[:-1].numel() // max(1, len(down)))
+    hidden = torch.bmm(x.reshape(*shape, x.shape[-1]), down.transpose(1, 2))
+    if onto is None:
+        return torch.bmm(hidden * scale, up).view(*x.shape[:-1], d_out)
+    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+    return add(onto.reshape(*shape, d_out), hidden, up, alpha=scale).view(onto.shape)
 
 
 def solve_shifted(

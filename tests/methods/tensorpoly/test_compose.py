@@ -1,4 +1,4 @@
-"""Composing: the model starts as its backbone, tasks have names, and what does not fit is refused before anything moves."""
+"""Composing: the model starts as its backbone, tasks have names, what does not fit is refused in time."""
 
 from typing import Any
 

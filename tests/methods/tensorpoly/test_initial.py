@@ -1,4 +1,4 @@
-"""First values, statistically: the released ones have the measured magnitudes, the matched ones their target variance."""
+"""First values: the released ones have the measured magnitudes, the matched ones their target variance."""
 
 import math
 from typing import Any

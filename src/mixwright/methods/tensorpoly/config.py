@@ -30,7 +30,7 @@ class TensorPolyConfig:
     """Su et al. 2024 (arXiv 2405.16671); symbols are the paper's, and Poly's and MHR's where it builds on them."""
 
     tasks: tuple[str, ...] = ()
-    """Names of the T tasks, in the order of their ids: the rows of Z (Poly, section 3). `lora` and `tlora` need none."""
+    """Names of the T tasks in the order of their ids, the rows of Z (Poly, section 3). `lora` and `tlora` need none."""
     experts: Kind = "tensorpoly-1"
     """Which member of the family. `lora`; `poly` (Ponti et al. 2022): S LoRAs whose A and B are averaged apart; `mhr`
     (Caccia et al. 2023): the same in H blocks that choose for themselves; `tlora`: columns of A and B are sums of R
@@ -39,9 +39,9 @@ class TensorPolyConfig:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Sites, by last name part or glob; the paper adapts q, k, v, o, wi_0, wi_1 and wo, every linear layer of a T5."""
     rank: int | None = None
-    """r, the columns of A; the update is scaled by 1 / r. None is the paper's: 16 for tensors, 1 for lora, poly, mhr."""
+    """r, the columns of A; the update is scaled by 1 / r. None, the paper's: 16 for tensors; 1 for lora, poly, mhr."""
     num_latent: int | None = None
-    """R (tensors) or S (poly, mhr), the latent experts. None: 8 as in the paper; 1 for lora and tlora, 2 for entangled."""
+    """R (tensors) or S (poly, mhr), the latent experts. None: 8, the paper's; 1 for lora and tlora, 2 for entangled."""
     order: int = 2
     """N, the leaves of a tensor product, 1 to 4 (the paper: 2 or 4). A matter of the tensor kinds only."""
     heads: int | None = None
@@ -49,8 +49,8 @@ class TensorPolyConfig:
     groups: int | None = None
     """G of entangled: products that are summed; a column has rank G at most. None: 4, and 1 for every other kind."""
     factorization: Literal["ceil", "exact"] = "ceil"
-    """Leaf widths q. `ceil`, the paper: all ceil(d ** (1/N)), and the product is cut to d, so that some entries may never
-    be read. `exact`: factors of d itself, nothing is cut."""
+    """Leaf widths q. `ceil`, the paper: all ceil(d ** (1/N)), and the product is cut to d, so that some entries may
+    never be read. `exact`: factors of d itself, nothing is cut."""
     init: Literal["matched", "released"] = "matched"
     """`matched`, ours: leaves of the variance that a LoRA's A has, the last leaf of B zero, so that the model starts as
     its backbone. `released`: the authors' uniform leaves, under which it starts near it. See `initial.py`."""

@@ -22,7 +22,7 @@ Draw = torch.Generator | None
 
 
 def first_factors(config: TensorPolyConfig, d_in: int, d_out: int, draw: Draw) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of A and of B at one site, float32; `draw` None makes them on the meta device. `config` is settled."""
+    """The tensors of A and of B at a site, float32; `draw` None makes them on the meta device. `config` is settled."""
     down, up = shapes(config, d_in, d_out)
     if config.experts in MATRIX:
         bound = (GAIN if config.init == "released" else 1.0) / math.sqrt(d_in)
@@ -39,8 +39,8 @@ def first_logits(shape: Sequence[int], draw: Draw) -> Tensor:
 def leaf_std(config: TensorPolyConfig, width: int) -> float:
     """sigma of a leaf under which an entry of A_t has the variance v = 1 / (3 d) of a LoRA's, routing being uniform.
 
-    A term has the variance sigma^2N. Summed (TLoRA) R of them give R sigma^2N; averaged (TensorPoly-I) sigma^2N / R. Where
-    leaves are averaged first (II), every factor has sigma^2 / R, and the G products of the entangled form are summed.
+    A term has the variance sigma^2N. Summed (TLoRA) R of them give R sigma^2N; averaged (TensorPoly-I) sigma^2N / R.
+    Where leaves are averaged first (II), every factor has sigma^2 / R, and the G products of the entangled form add.
     """
     order, latent, target = config.order, config.num_latent or 1, 1 / (3 * width)
     if config.experts == "tlora":
@@ -51,13 +51,13 @@ def leaf_std(config: TensorPolyConfig, width: int) -> float:
 
 
 def check_alive(down: Sequence[Tensor], up: Sequence[Tensor], where: str) -> None:
-    """Raise ValueError where two factors of the update are zero throughout: no gradient would ever reach any of them."""
+    """Raise ValueError where two factors of the update are zero throughout: no gradient would ever reach any."""
     named = [(f"down.{n}", t) for n, t in enumerate(down)] + [(f"up.{n}", t) for n, t in enumerate(up)]
     zero = [name for name, tensor in named if not tensor.is_meta and not tensor.any()]
     if len(zero) > 1:
         raise ValueError(
-            f"{where}: {' and '.join(zero)} are zero throughout, and the gradient of a product with two such factors is 0 "
-            "for every factor, forever. Leave one order position at zero and draw the others, as init='matched' does."
+            f"{where}: {' and '.join(zero)} are zero throughout, so the gradient of every factor is 0, forever. "
+            "Leave one order position at zero and draw the others, as init='matched' does."
         )
 
 

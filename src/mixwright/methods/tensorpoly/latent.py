@@ -21,7 +21,7 @@ def radices(config: TensorPolyConfig, width: int) -> tuple[int, ...]:
 
 
 def shapes(config: TensorPolyConfig, d_in: int, d_out: int) -> tuple[Shapes, Shapes]:
-    """Shapes of the tensors of A and of B: one of each for matrices, N leaves of each for tensors. `config` is settled."""
+    """Shapes of the tensors of A and B: one of each for matrices, N leaves of each for tensors. `config` is settled."""
     rank, latent, groups = config.rank or 0, config.num_latent or 0, config.groups or 0
     if config.experts in MATRIX:
         return [(latent, rank, d_in)], [(latent, rank, d_out)]

@@ -43,8 +43,8 @@ def compose(
     """Fresh latent experts at the sites of one backbone: steps 1 to 4 of the module's text, before training.
 
     Everything random depends on `config.seed` alone, and the experts not on tasks or sharing. Raises ValueError for
-    settings that do not fit each other or the backbone, IncompatibleExpert for a site where experts would do nothing; the
-    backbone is then as it was.
+    settings that do not fit each other or the backbone, IncompatibleExpert for a site where experts would do nothing;
+    the backbone is then as it was.
     """
     if len(backbones) != 1 or catalog is not None:
         raise ValueError("tensorpoly trains latent experts of its own on one backbone; give no catalogue.")
@@ -67,7 +67,7 @@ def compose(
 
 
 def chosen_sites(config: TensorPolyConfig, backbone: nn.Module) -> dict[str, Site]:
-    """The sites that the config names, in the backbone's order. Raises ValueError for widths that heads do not divide."""
+    """The sites that the config names, in the backbone's order. Raises ValueError where heads do not divide a width."""
     sites = linear_sites(backbone)
     chosen = {path: sites[path] for path in called_sites(backbone, config.target_modules)}
     if not chosen:
@@ -77,8 +77,8 @@ def chosen_sites(config: TensorPolyConfig, backbone: nn.Module) -> dict[str, Sit
         for name, width in (("d_in", site.d_in), ("d_out", site.d_out)):
             if width % heads:
                 raise ValueError(
-                    f"heads={heads} does not divide {name}={width} of {path}; head counts that divide every width here: "
-                    f"{', '.join(map(str, _common_divisors(chosen.values())))}."
+                    f"heads={heads} does not divide {name}={width} of {path}; head counts that divide every width "
+                    f"here: {', '.join(map(str, _common_divisors(chosen.values())))}."
                 )
     return chosen
 

@@ -101,7 +101,7 @@ def _refuse(
     raise CatalogError(
         "SHAPE",
         site.path,
-        f"the config says {config.experts}{of}, rank {config.rank}, num_latent {config.num_latent}, groups {config.groups}, "
-        f"so that {side} (width {width}) is {wanted}; what was saved is {held}{sorted(found.values()) or 'nothing'}. "
-        "Load it with the config that it was saved with.",
+        f"the config says {config.experts}{of}, rank {config.rank}, num_latent {config.num_latent}, groups "
+        f"{config.groups}, so that {side} (width {width}) is {wanted}; what was saved is {held}"
+        f"{sorted(found.values()) or 'nothing'}. Load it with the config that it was saved with.",
     )
