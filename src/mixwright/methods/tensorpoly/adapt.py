@@ -146,7 +146,7 @@ def adapt(
         if len(candidates) > 1:
             parts = _parts(shots, folds if folds is not None else config.folds, task, seed)
             candidates = _validated(model, shots, parts, candidates, plan, before)
-        best = min(candidates, key=lambda one: one.mean) if len(candidates) > 1 else candidates[0]
+        best = min(candidates, key=lambda one: one.mean)
         rows, source = _first_rows(model, best.start, shots, range(len(shots)), seed)
         everything = shots.everything()
         with _trained(model, best, rows, everything, plan, quiet=quiet) as (rows, fitted, trained):
@@ -192,7 +192,7 @@ def _candidates(model: ComposedModel, what: str, start: str | None, config: Tens
     if what == "experts" and start not in (None, "auto"):
         raise ValueError(f"start={start!r}: what='experts' trains under uniform routing; leave start out.")
     asked = start or config.start
-    starts = [one for one in STARTS if asked in (one, "auto")]
+    starts: list[Start] = [one for one in STARTS if asked in (one, "auto")]
     found: list[Candidate] = []
     for one in WHAT:
         own: Sequence[Start] = ("uniform",) if one == "experts" else starts
