@@ -78,6 +78,12 @@ def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Re
     """
     chosen = _chosen(job, stages, request.only)
     report = begin_report(job)
+    for stage in chosen:
+        if (_folder(job, stage) / COMPOSITION).exists() and not (request.resume or request.force):
+            raise ValueError(
+                f"{_folder(job, stage)} holds what stage {stage.name} left; train only another stage, go on with "
+                "resume, take another output_dir, or start over with force."
+            )
     if request.dry_run:
         return replace(report, plans=_planned(job, stages, chosen, load))
     for stage in chosen:
@@ -86,11 +92,6 @@ def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Re
         if request.resume and _is_done(job, stage, before):
             report = replace(report, skipped=(*report.skipped, stage.name), composition=str(folder))
             continue
-        if (folder / COMPOSITION).exists() and not (request.resume or request.force):
-            raise ValueError(
-                f"{folder} holds what stage {stage.name} left; train only another stage, go on with resume, take "
-                "another output_dir, or start over with force."
-            )
         fitted = _train(job, stage, before, load, request)
         report = replace(report, stages={**report.stages, stage.name: fitted}, composition=str(folder))
     return report

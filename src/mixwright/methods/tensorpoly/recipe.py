@@ -9,9 +9,12 @@ from typing import Any
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
+from mixwright.config import decode
 from mixwright.methods.tensorpoly.adapt import adapt
 from mixwright.methods.tensorpoly.config import MATRIX, TensorPolyConfig
 from mixwright.methods.tensorpoly.model import TaskComposedModel, compose
+from mixwright.methods.tensorpoly.objective import objective
+from mixwright.methods.tensorpoly.watch import Watch
 from mixwright.training.fitted import Fitted
 from mixwright.training.job import Job
 from mixwright.training.stage import ParamGroup, Stage
@@ -29,16 +32,20 @@ OF_TRAINING = frozenset(
 def stages(config: TensorPolyConfig) -> tuple[Stage, ...]:
     """*multitask*: the latent experts at one rate and, where tasks choose, Z at a far higher one; the best of every
     100 steps where there is held-out data. *transfer*: what `adapt` does with each new task."""
+    watch = Watch()
     return (
         Stage(
             name="multitask",
             groups=_groups(config, config.learning_rate, experts=True, router=True),
             steps=config.steps,
+            objective=objective(config),
             warmup=config.warmup,
             cooldown=config.cooldown,
             clip=config.clip,
             choose_every=CHOOSE_EVERY,
             build=lambda backbone, seed, before: _started(backbone, config, seed, before),
+            watch=watch.look,
+            alarms=watch.alarms,
         ),
         Stage(
             name="transfer",
@@ -89,7 +96,7 @@ def _trained(config: TensorPolyConfig, before: ComposedModel | None) -> TaskComp
 def _under(config: TensorPolyConfig, model: ComposedModel) -> TaskComposedModel:
     """A composition with the training settings of `config`. Raises ValueError for another setting that differs."""
     assert isinstance(model, TaskComposedModel)
-    stored = TensorPolyConfig(**model.composition.config).settled()
+    stored = decode(TensorPolyConfig, model.composition.config, where="composition").settled()
     for field in fields(TensorPolyConfig):
         old, new = getattr(stored, field.name), getattr(config.settled(), field.name)
         if field.name not in OF_TRAINING and old != new:
