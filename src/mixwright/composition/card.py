@@ -63,8 +63,8 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
         "",
         *(f"- {_plain(task)}" for task in tasks),
         "",
-        f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may bind "
-        "as well.",
+        f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
+        "bind as well.",
         "",
     ]
 
