@@ -56,8 +56,8 @@ def few_shot(systems: dict[str, Any], shots: str, units: list[str]) -> dict[str,
             "by_seed": _by_seed(found, tasks),
             "below_private": sum(by_task[task] < private[task] for task in tasks),
         }
-        for reference in (SHARED, PRIVATE):
-            base = values.get(f"{reference} | all")
+        own = name.split(" | ")[0]
+        for reference, base in ((r, values.get(f"{r} | all")) for r in (SHARED, PRIVATE, own)):
             if base is not None:
                 both = {"": tasks, " without_sst2": others}
                 for suffix, chosen in both.items():
@@ -109,40 +109,52 @@ def tables(result: dict[str, Any]) -> str:
     """All tables as markdown."""
     parts: list[str] = []
     for size, summary in result["summary"].items():
-        for shots, rows in summary["few_shot"].items():
-            seeds = len({unit.split(".")[0] for unit in summary["units"]})
-            title = f"{size}, {shots} shots a class ({len(summary['units'])} draws over {seeds} seeds, 3 tasks)"
-            parts.append(f"#### {title}\n\n{few_shot_table(result, size, rows)}")
-        parts.append(f"#### {size}, held-in tasks\n\n{held_in_table(result, size, summary['held_in'])}")
+        seeds = len({unit.split(".")[0] for unit in summary["units"]})
+        title = f"{size}: new tasks ({len(summary['units'])} draws of shots over {seeds} seeds)"
+        parts.append(f"#### {title}\n\n{few_shot_table(result, size, summary['few_shot'])}")
+        parts.append(f"#### {size}: within a method\n\n{ways_table(summary['few_shot'])}")
+        parts.append(f"#### {size}: held-in tasks\n\n{held_in_table(result, size, summary['held_in'])}")
     return "\n\n".join(parts)
 
 
-def few_shot_table(result: dict[str, Any], size: str, rows: dict[str, Any]) -> str:
-    """Best mean first; the last row is the backbone before any shot."""
-    tasks = list(next(iter(rows.values()))["by_task"])
+def few_shot_table(result: dict[str, Any], size: str, by_shots: dict[str, Any]) -> str:
+    """Best mean over both numbers of shots first; the last row is the backbone before any shot."""
+    names = list(next(iter(by_shots.values())))
+    tasks = list(next(iter(by_shots.values()))[names[0]]["by_task"])
     lines: list[list[str]] = []
-    for name in sorted(rows, key=lambda n: rows[n]["mean"][0], reverse=True):
+    for name in sorted(names, key=lambda n: sum(rows[n]["mean"][0] for rows in by_shots.values()), reverse=True):
         method, what = name.split(" | ")
-        row = rows[name]
-        lines.append(
-            [
-                method,
-                what,
-                f"{result['trained'][size][method][what]:,}",
+        line = [method, what, f"{result['trained'][size][method][what]:,}"]
+        for rows in by_shots.values():
+            row = rows[name]
+            line += [
                 f"{row['mean'][0]:.3f} ({row['mean'][1]:.3f} .. {row['mean'][2]:.3f})",
+                f"{row['without_sst2'][0]:.3f}",
                 _gap(row, f"minus {SHARED}"),
                 _gap(row, f"minus {PRIVATE}"),
-                f"{row['without_sst2'][0]:.3f}",
-                *(f"{row['by_task'][task]:.3f}" for task in tasks),
-                f"{row['below_private']}",
+                "" if name == f"{PRIVATE} | all" else str(row["below_private"]),
             ]
-        )
+        lines.append(line)
     plain = result["backbone"]
     mean, without = (sum(plain[t] for t in chosen) / len(chosen) for chosen in (tasks, tasks[1:]))
-    lines.append(["backbone, no shot", "", "0", f"{mean:.3f}", "", "", f"{without:.3f}"])
-    lines[-1] += [*(f"{plain[task]:.3f}" for task in tasks), ""]
-    head = ["method", "learns", "numbers that learn", "mean (95 %)", "minus shared LoRA", "minus private LoRA"]
-    return markdown([*head, "without sst2", *tasks, "tasks below private"], lines)
+    lines.append(["backbone, no shot", "", "0", *[f"{mean:.3f}", f"{without:.3f}", "", "", ""] * len(by_shots)])
+    head = ["method", "learns", "numbers that learn"]
+    for shots in by_shots:
+        head += [f"{shots} shots: mean (95 %)", "without sst2", "minus shared LoRA", "minus private LoRA"]
+        head += [f"of {len(tasks)} tasks below private"]
+    return markdown(head, lines)
+
+
+def ways_table(by_shots: dict[str, Any]) -> str:
+    """What learning the row alone (z), or the experts under uniform routing (mu), gains over learning all."""
+    lines: list[list[str]] = []
+    for name in next(iter(by_shots.values())):
+        method, what = name.split(" | ")
+        if what != "all":
+            lines.append(
+                [method, f"{what} minus all", *(_gap(rows[name], f"minus {method}") for rows in by_shots.values())]
+            )
+    return markdown(["method", "", *(f"{shots} shots" for shots in by_shots)], lines)
 
 
 def _gap(row: dict[str, Any], name: str) -> str:
