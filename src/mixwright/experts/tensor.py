@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.fused_build import build_factors
 from mixwright.ops.tensor_gram import order_grams, term_grams, update_products
-from mixwright.ops.tensor_product import build, expand, mix, project
+from mixwright.ops.tensor_product import expand, mix, project
 
 
 class TensorExperts(AbstractFactored):
@@ -43,7 +44,7 @@ class TensorExperts(AbstractFactored):
         """Both factors by the fused build."""
         down, up = tuple(self.down), tuple(self.up)
         weights = weights.to(down[0].dtype)
-        return build(down, weights, self.d_in, self.norm), build(up, weights, self.d_out, self.norm)
+        return build_factors(down, up, weights, self.d_in, self.d_out, self.norm)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
@@ -99,10 +100,7 @@ class OrderedTensorExperts(AbstractFactored):
         down, up = tuple(self.down), tuple(self.up)
         weights = weights.to(down[0].dtype)
         ones = weights.new_ones((len(weights), self.groups))
-        return (
-            build(mix(down, weights), ones, self.d_in, self.norm),
-            build(mix(up, weights), ones, self.d_out, self.norm),
-        )
+        return build_factors(mix(down, weights), mix(up, weights), ones, self.d_in, self.d_out, self.norm)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
