@@ -97,10 +97,7 @@ def test_gradients_beyond_the_end_and_of_dead_entries_are_not_read(native):
 
 def test_results_are_written_in_full(native, monkeypatch):
     del native
-    given_case = (
-        *(case(order, 100, ceil_radices, 2, 3, 2)[0] for order in (3, 3)),
-        case(3, 100, ceil_radices, 2, 3, 2)[1],
-    )
+    leaves, weights = case(3, 100, ceil_radices, 2, 3, 2)
     expected = both(build_factors, leaves, leaves, weights, 100, 100)
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *sizes: new_empty(tensor, *sizes).fill_(torch.nan))
