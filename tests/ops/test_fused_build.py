@@ -54,7 +54,7 @@ def agree(down, up, weights, d_in, d_out):
 
 
 sizes = st.tuples(
-    st.integers(2, 4), *(st.integers(1, high) for high in (400, 400, 4, 20, 5)), st.booleans(), st.booleans()
+    st.integers(2, 4), *(st.integers(1, high) for high in (400, 400, 4, 20, 37)), st.booleans(), st.booleans()
 )
 
 

@@ -45,8 +45,10 @@ class TensorExperts(AbstractFactored):
         self, weights: Float[Tensor, "choices *positions experts"]
     ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
         """Both factors by the fused build."""
-        down, up = tuple(self.down), tuple(self.up)
-        weights = weights.to(down[0].dtype)
+        leaves = self.leaves()
+        down, up = leaves[: self.order], leaves[self.order :]
+        if weights.dtype != down[0].dtype:
+            weights = weights.to(down[0].dtype)
         return build_factors(down, up, weights, self.d_in, self.d_out, self.norm)
 
     def by_token(

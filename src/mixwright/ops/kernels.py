@@ -91,7 +91,7 @@ def load(setting: str, folder: Path) -> Kernels:
     add_lora, build, backward = held.mixwright_add_lora, held.mixwright_build, held.mixwright_build_backward
     add_lora.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 2
     build.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 9
-    backward.argtypes = [ctypes.c_void_p] * 12 + [ctypes.c_int64] * 9
+    backward.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 9
     add_lora.restype, build.restype, backward.restype = ctypes.c_int, None, None
     return Kernels(add_lora, build, backward)
 

@@ -2,119 +2,154 @@
    ops/tensor_product.py in one call.
 
    Leaves are (terms, rank, radix), or with `own` (choices, terms, rank, radix); a missing l2 or r2 is NULL with radix 1.
-   Every row of a factor is made from its own rows of the leaves, so rows run in parallel, no two threads write to one
-   place, and the result does not depend on their number. Compiled by ops/kernels.py; GNU C for its vector types. */
+   Every row of a factor is made from its own rows of the leaves, and all in the same way: a vector holds one number of
+   LANES rows. Sixteen rows of the left half at a time are multiplied with the right half and turned into the result.
+   Threads share out whole groups of rows, so that the result does not depend on their number. Compiled by
+   ops/kernels.py; GNU C for its vector types. */
 
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16
-#define ROWS 4
-#define SMALL (1 << 20)
+#define TILE 4
+#define SMALL (1 << 21)
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t picks __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef int32_t picks __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
-    const float *weights, *l1, *l2, *r1, *r2;
-    int64_t choices, terms, rank, n1, n2, m1, m2, width, own;
+    const float *weights, *leaf[4];
+    int64_t choices, terms, rank, radix[4], width, own;
 } product;
 
-static inline lanes load(const float *from) {
-    lanes value;
-    memcpy(&value, from, sizeof value);
-    return value;
+static inline int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+/* Turn 16 vectors of 16 numbers: four butterflies swap off-diagonal blocks of 8, 4, 2, 1. */
+static inline __attribute__((always_inline)) void turn(lanes *rows) {
+#pragma GCC unroll 4
+    for (int width = LANES / 2; width; width /= 2) {
+        picks low, high;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i & width ? LANES + i - width : i;
+            high[i] = i & width ? LANES + i : i + width;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & width)) {
+                lanes a = rows[i], b = rows[i + width];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + width] = __builtin_shuffle(a, b, high);
+            }
+    }
 }
 
-static inline void store(float *to, lanes value) { memcpy(to, &value, sizeof value); }
+/* to[i] = the i-th numbers of `rows` rows that are `stride` apart; lanes without a row are zero. */
+static void gather(const float *from, int64_t stride, int rows, int64_t count, lanes *to) {
+    int64_t i = 0;
+    if (rows == LANES)
+        for (; i + LANES <= count; i += LANES) {
+            lanes block[LANES];
+            for (int k = 0; k < LANES; k++) memcpy(block + k, from + k * stride + i, sizeof(lanes));
+            turn(block);
+            memcpy(to + i, block, sizeof block);
+        }
+    if (i == count) return;
+    memset(to + i, 0, sizeof(lanes) * (count - i));
+    for (int k = 0; k < rows; k++)
+        for (int64_t rest = i; rest < count; rest++) ((float *)(to + rest))[k] = from[k * stride + rest];
+}
 
-static inline int64_t blocks(int64_t width) { return (width + LANES - 1) / LANES; }
+/* The inverse. */
+static void scatter(const lanes *from, float *to, int64_t stride, int rows, int64_t count) {
+    int64_t i = 0;
+    if (rows == LANES)
+        for (; i + LANES <= count; i += LANES) {
+            lanes block[LANES];
+            memcpy(block, from + i, sizeof block);
+            turn(block);
+            for (int k = 0; k < LANES; k++) memcpy(to + k * stride + i, block + k, sizeof(lanes));
+        }
+    for (int k = 0; k < rows; k++)
+        for (int64_t rest = i; rest < count; rest++) to[k * stride + rest] = ((const float *)(from + rest))[k];
+}
 
 /* Where term s of row j begins in a leaf. */
-static inline int64_t place(const product *of, int64_t c, int64_t s, int64_t j, int64_t radix) {
-    return (((of->own ? c * of->terms : 0) + s) * of->rank + j) * radix;
+static inline int64_t place(const product *of, int leaf, int64_t c, int64_t s, int64_t j) {
+    return (((of->own ? c * of->terms : 0) + s) * of->rank + j) * of->radix[leaf];
 }
 
-/* left[p][s], the first leaf slowest. */
-static void left_half(const product *of, int64_t c, int64_t j, float *left) {
-    for (int64_t s = 0; s < of->terms; s++) {
-        const float *one = of->l1 + place(of, c, s, j, of->n1);
-        const float *two = of->l2 ? of->l2 + place(of, c, s, j, of->n2) : 0;
-        float *to = left + s;
-        for (int64_t a = 0; a < of->n1; a++)
-            for (int64_t b = 0; b < of->n2; b++, to += of->terms) *to = two ? one[a] * two[b] : one[a];
-    }
+static void gather_leaf(const product *of, int leaf, int64_t c, int64_t j, int rows, lanes *to) {
+    for (int64_t s = 0; of->leaf[leaf] && s < of->terms; s++, to += of->radix[leaf])
+        gather(of->leaf[leaf] + place(of, leaf, c, s, j), of->radix[leaf], rows, of->radix[leaf], to);
 }
 
-/* right[s][q], rows padded with zeros to whole vectors. */
-static void right_half(const product *of, int64_t c, int64_t j, float *right) {
-    int64_t columns = of->m1 * of->m2, padded = LANES * blocks(columns);
-    for (int64_t s = 0; s < of->terms; s++) {
-        const float *one = of->r1 + place(of, c, s, j, of->m1);
-        const float *two = of->r2 ? of->r2 + place(of, c, s, j, of->m2) : 0;
-        float *to = right + s * padded;
-        if (two) {
-            for (int64_t a = 0; a < of->m1; a++, to += of->m2)
-                for (int64_t b = 0; b < of->m2; b++) to[b] = one[a] * two[b];
-        } else {
-            memcpy(to, one, sizeof(float) * columns);
-            to += columns;
+/* half[p][s] = one[s][a] two[s][b] with p = (a, b), for `all` terms and `count` p; zeros where there is nothing. */
+static void multiply(
+    const lanes *one, const lanes *two, int64_t terms, int64_t n1, int64_t n2, lanes *half, int64_t all,
+    int64_t count) {
+    if (all > terms) memset(half, 0, sizeof(lanes) * all * count);
+    memset(half + n1 * n2 * all, 0, sizeof(lanes) * all * (count - n1 * n2));
+    for (int64_t a = 0; a < n1; a++)
+        for (int64_t b = 0; b < n2; b++, half += all)
+            for (int64_t s = 0; s < terms; s++) half[s] = two ? one[s * n1 + a] * two[s * n2 + b] : one[s * n1 + a];
+}
+
+/* Gradients of the two leaves of a half, added to what is there. */
+static void split(
+    const lanes *d_half, int64_t all, const lanes *one, const lanes *two, int64_t terms, int64_t n1, int64_t n2,
+    lanes *d_one, lanes *d_two) {
+    for (int64_t a = 0; a < n1; a++)
+        for (int64_t b = 0; b < n2; b++, d_half += all)
+            for (int64_t s = 0; s < terms; s++) {
+                d_one[s * n1 + a] += two ? d_half[s] * two[s * n2 + b] : d_half[s];
+                if (two) d_two[s * n2 + b] += d_half[s] * one[s * n1 + a];
+            }
+}
+
+/* out[i][k] (+)= sum over n of x[i][n] y[k][n], for TILE rows of x and `columns` of y. */
+static inline __attribute__((always_inline)) void tile(
+    int columns, int add, int64_t count, const lanes *x, int64_t x_row, int64_t x_step, const lanes *y, int64_t y_row,
+    int64_t y_step, lanes *out, int64_t out_row, int64_t out_column) {
+    lanes sums[TILE][TILE];
+    for (int i = 0; i < TILE; i++)
+        for (int k = 0; k < columns; k++) sums[i][k] = add ? out[i * out_row + k * out_column] : (lanes){0};
+    for (int64_t n = 0; n < count; n++)
+        for (int k = 0; k < columns; k++) {
+            lanes factor = y[k * y_row + n * y_step];
+            for (int i = 0; i < TILE; i++) sums[i][k] += x[i * x_row + n * x_step] * factor;
         }
-        memset(to, 0, sizeof(float) * (padded - columns));
-    }
+    for (int i = 0; i < TILE; i++)
+        for (int k = 0; k < columns; k++) out[i * out_row + k * out_column] = sums[i][k];
 }
 
-/* `count` vectors of `rows` rows that are `columns` apart: sum_s left[s] right[s]. A row may spill into the next one,
-   which is written after it. */
-static inline __attribute__((always_inline)) void vectors(
-    int rows, int count, float *out, int64_t columns, const float *left, const float *right, int64_t terms,
-    int64_t padded) {
-    lanes sums[2][4];
-    for (int i = 0; i < rows; i++)
-        for (int k = 0; k < count; k++) sums[i][k] = (lanes){0};
+/* The same for any number of columns, a few at a time. */
+static void tiles(
+    int64_t columns, int add, int64_t count, const lanes *x, int64_t x_row, int64_t x_step, const lanes *y,
+    int64_t y_row, int64_t y_step, lanes *out, int64_t out_row, int64_t out_column) {
+    for (; columns > 0; columns -= TILE, y += TILE * y_row, out += TILE * out_column)
+#define CASE(n) case n: tile(n, add, count, x, x_row, x_step, y, y_row, y_step, out, out_row, out_column); break;
+        switch (columns < TILE ? columns : TILE) { CASE(4) CASE(3) CASE(2) CASE(1) }
+#undef CASE
+}
+
+static void build_rows(const product *of, int64_t c, int64_t j, float *out) {
+    int rows = of->rank - j < LANES ? (int)(of->rank - j) : LANES;
+    const int64_t *q = of->radix;
+    int64_t terms = of->terms, columns = q[2] * q[3], count = padded(q[0] * q[1], LANES);
+    lanes one[terms * q[0]], two[terms * q[1]], three[terms * q[2]], four[terms * q[3]];
+    lanes *const leaves[4] = {one, two, three, four};
+    lanes left[count * terms], right[columns * terms], result[LANES * columns];
+    for (int leaf = 0; leaf < 4; leaf++) gather_leaf(of, leaf, c, j, rows, leaves[leaf]);
     for (int64_t s = 0; s < terms; s++)
-        for (int k = 0; k < count; k++) {
-            lanes factor = load(right + s * padded + k * LANES);
-            for (int i = 0; i < rows; i++) sums[i][k] += left[i * terms + s] * factor;
-        }
-    for (int i = 0; i < rows; i++)
-        for (int k = 0; k < count; k++) store(out + i * columns + k * LANES, sums[i][k]);
-}
-
-static void one_row(float *out, const float *left, const float *right, int64_t terms, int64_t padded) {
-    for (int64_t from = 0; from < padded; from += 4 * LANES) {
-        int64_t rest = (padded - from) / LANES;
-#define CASE(n) case n: vectors(1, n, out + from, 0, left, right + from, terms, padded); break;
-        switch (rest < 4 ? rest : 4) { CASE(4) CASE(3) CASE(2) CASE(1) }
-#undef CASE
-    }
-}
-
-static void two_rows(
-    float *out, int64_t columns, const float *left, const float *right, int64_t terms, int64_t padded) {
-#define CASE(n) case n: vectors(2, n, out, columns, left, right, terms, padded); break;
-    switch (padded / LANES) { CASE(4) CASE(3) CASE(2) CASE(1) }
-#undef CASE
-}
-
-static void build_row(const product *of, int64_t c, int64_t j, float *out) {
-    int64_t rows = of->n1 * of->n2, columns = of->m1 * of->m2, padded = LANES * blocks(columns), terms = of->terms;
-    float left[rows * terms];
-    float right[terms * padded] __attribute__((aligned(64))), last[padded] __attribute__((aligned(64)));
-    left_half(of, c, j, left);
-    right_half(of, c, j, right);
-    for (int64_t p = 0; p < rows; p++)
-        for (int64_t s = 0; s < terms; s++) left[p * terms + s] *= of->weights[c * terms + s];
-    for (int64_t p = 0; p < rows && p * columns < of->width; p++) {
-        int64_t left_over = of->width - p * columns;
-        if (padded <= 4 * LANES && left_over >= columns + padded) {
-            two_rows(out + p * columns, columns, left + p * terms, right, terms, padded);
-            p++;
-            continue;
-        }
-        float *to = left_over >= padded ? out + p * columns : last;
-        one_row(to, left + p * terms, right, terms, padded);
-        if (to == last) memcpy(out + p * columns, last, sizeof(float) * (left_over < columns ? left_over : columns));
+        for (int64_t a = 0; a < q[0]; a++) one[s * q[0] + a] *= of->weights[c * terms + s];
+    multiply(one, of->leaf[1] ? two : 0, terms, q[0], q[1], left, terms, count);
+    multiply(three, of->leaf[3] ? four : 0, terms, q[2], q[3], right, terms, columns);
+    for (int64_t p = 0; p < count && p * columns < of->width; p += LANES) {
+        for (int64_t i = 0; i < LANES; i += TILE)
+            tiles(columns, 0, terms, left + (p + i) * terms, terms, 1, right, terms, 1, result + i * columns, columns, 1);
+        int64_t rest = of->width - p * columns;
+        scatter(result, out + p * columns, of->width, rows, rest < LANES * columns ? rest : LANES * columns);
     }
 }
 
@@ -122,179 +157,72 @@ void mixwright_build(
     float *out, const float *weights, const float *l1, const float *l2, const float *r1, const float *r2,
     int64_t choices, int64_t terms, int64_t rank, int64_t n1, int64_t n2, int64_t m1, int64_t m2, int64_t width,
     int64_t own) {
-    product of = {weights, l1, l2, r1, r2, choices, terms, rank, n1, n2, m1, m2, width, own};
+    product of = {weights, {l1, l2, r1, r2}, choices, terms, rank, {n1, n2, m1, m2}, width, own};
 #pragma omp parallel for collapse(2) if (choices * rank * width * terms > SMALL)
     for (int64_t c = 0; c < choices; c++)
-        for (int64_t j = 0; j < rank; j++) build_row(&of, c, j, out + (c * rank + j) * width);
+        for (int64_t j = 0; j < rank; j += LANES) build_rows(&of, c, j, out + (c * rank + j) * width);
 }
 
-/* The sums over the lanes of 16 vectors: halves are added crosswise, four times. */
-static inline lanes totals(lanes *sums) {
-#pragma GCC unroll 4
-    for (int width = 1; width < LANES; width *= 2) {
-        picks even, odd;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            even[i] = i & width ? LANES + i - width : i;
-            odd[i] = i & width ? LANES + i : i + width;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i += 2 * width)
-            sums[i] = __builtin_shuffle(sums[i], sums[i + width], even) + __builtin_shuffle(sums[i], sums[i + width], odd);
-    }
-    return sums[0];
-}
-
-/* Gradients of the two leaves of the left half from d_left[p][s]. */
-static void split_left(
-    const product *of, int64_t c, int64_t j, const float *d_left, float *d_one, float *d_two) {
-    int64_t terms = of->terms, n1 = of->n1, n2 = of->n2;
-    float one[n1 * terms], two[n2 * terms], to_one[n1 * terms], to_two[n2 * terms];
-    if (!of->l2) {
-        for (int64_t s = 0; s < terms; s++)
-            for (int64_t a = 0; a < n1; a++) d_one[place(of, c, s, j, n1) + a] += d_left[a * terms + s];
-        return;
-    }
-    memset(to_one, 0, sizeof to_one);
-    memset(to_two, 0, sizeof to_two);
-    for (int64_t s = 0; s < terms; s++) {
-        for (int64_t a = 0; a < n1; a++) one[a * terms + s] = of->l1[place(of, c, s, j, n1) + a];
-        for (int64_t b = 0; b < n2; b++) two[b * terms + s] = of->l2[place(of, c, s, j, n2) + b];
-    }
-    for (int64_t a = 0; a < n1; a++)
-        for (int64_t b = 0; b < n2; b++, d_left += terms)
-            for (int64_t s = 0; s < terms; s++) {
-                to_one[a * terms + s] += d_left[s] * two[b * terms + s];
-                to_two[b * terms + s] += d_left[s] * one[a * terms + s];
+static void backward_rows(
+    const product *of, int64_t j, const float *gradient, float *const *d_leaf, float *d_weights) {
+    int rows = of->rank - j < LANES ? (int)(of->rank - j) : LANES;
+    const int64_t *q = of->radix;
+    int64_t terms = of->terms, all = padded(terms, TILE), columns = q[2] * q[3], count = padded(q[0] * q[1], LANES);
+    lanes one[terms * q[0]], two[terms * q[1]], three[terms * q[2]], four[terms * q[3]];
+    lanes d_one[terms * q[0]], d_two[terms * q[1]], d_three[terms * q[2]], d_four[terms * q[3]];
+    lanes left[count * all], right[columns * all], d_left[count * all], d_right[columns * all], g[LANES * columns];
+    lanes *const leaves[4] = {one, two, three, four}, *const d_leaves[4] = {d_one, d_two, d_three, d_four};
+    for (int64_t c = 0; c < of->choices; c++) {
+        if (of->own || !c) {
+            for (int leaf = 0; leaf < 4; leaf++) {
+                gather_leaf(of, leaf, c, j, rows, leaves[leaf]);
+                memset(d_leaves[leaf], 0, sizeof(lanes) * terms * q[leaf]);
             }
-    for (int64_t s = 0; s < terms; s++) {
-        for (int64_t a = 0; a < n1; a++) d_one[place(of, c, s, j, n1) + a] += to_one[a * terms + s];
-        for (int64_t b = 0; b < n2; b++) d_two[place(of, c, s, j, n2) + b] += to_two[b * terms + s];
-    }
-}
-
-/* Gradients of the two leaves of the right half from d_right[s]. */
-static void split_right(
-    const product *of, int64_t c, int64_t j, const float *d_right, int64_t padded, float *d_one, float *d_two) {
-    for (int64_t s = 0; s < of->terms; s++, d_right += padded) {
-        int64_t first = place(of, c, s, j, of->m1), second = place(of, c, s, j, of->m2);
-        const float *from = d_right;
-        for (int64_t a = 0; a < of->m1; a++, from += of->m2) {
-            if (!of->r2) {
-                d_one[first + a] += *from;
-                continue;
+            multiply(one, of->leaf[1] ? two : 0, terms, q[0], q[1], left, all, count);
+            multiply(three, of->leaf[3] ? four : 0, terms, q[2], q[3], right, all, columns);
+        }
+        memset(d_left, 0, sizeof d_left);
+        memset(d_right, 0, sizeof d_right);
+        for (int64_t p = 0; p < count && p * columns < of->width; p += LANES) {
+            int64_t rest = of->width - p * columns, here = rest < LANES * columns ? rest : LANES * columns;
+            gather(gradient + (c * of->rank + j) * of->width + p * columns, of->width, rows, here, g);
+            memset(g + here, 0, sizeof(lanes) * (LANES * columns - here));
+            for (int64_t s = 0; s < all; s += TILE) {
+                /* d_left[p][s] = sum_q right[q][s] g[p][q], d_right[q][s] += sum_p left[p][s] g[p][q] */
+                tiles(LANES, 0, columns, right + s, 1, all, g, columns, 1, d_left + p * all + s, 1, all);
+                tiles(columns, 1, LANES, left + p * all + s, 1, all, g, 1, columns, d_right + s, 1, all);
             }
-            float sum = 0, strength = of->r1[first + a];
-            for (int64_t b = 0; b < of->m2; b++) {
-                sum += from[b] * of->r2[second + b];
-                d_two[second + b] += from[b] * strength;
-            }
-            d_one[first + a] += sum;
         }
-    }
-}
-
-static void clear(const product *of, int64_t c, int64_t j, float *leaf, int64_t radix) {
-    if (leaf)
-        for (int64_t s = 0; s < of->terms; s++) memset(leaf + place(of, c, s, j, radix), 0, sizeof(float) * radix);
-}
-
-/* Row p of the gradient in whole vectors, zeros beyond its end. */
-static inline void gradient_row(const product *of, const float *gradient, int64_t p, float *to) {
-    int64_t columns = of->m1 * of->m2, padded = LANES * blocks(columns), rest = of->width - p * columns;
-    rest = rest < 0 ? 0 : rest < columns ? rest : columns;
-    memcpy(to, gradient + p * columns, sizeof(float) * rest);
-    memset(to + rest, 0, sizeof(float) * (padded - rest));
-}
-
-/* For `count` vectors of ROWS rows g: sums += g right[s], d_right[s] += left g. */
-static inline __attribute__((always_inline)) void contract_vectors(
-    int count, const float *g, int64_t padded, const float *left, const float *right, int64_t terms, lanes *sums,
-    float *d_right) {
-    lanes rows[ROWS][4];
-    for (int i = 0; i < ROWS; i++)
-        for (int k = 0; k < count; k++) rows[i][k] = load(g + i * padded + k * LANES);
-    for (int64_t s = 0; s < terms; s++) {
-        lanes sum[ROWS];
-        for (int i = 0; i < ROWS; i++) sum[i] = sums[i * terms + s];
-        for (int k = 0; k < count; k++) {
-            float *target = d_right + s * padded + k * LANES;
-            lanes factor = load(right + s * padded + k * LANES), change = load(target);
-            for (int i = 0; i < ROWS; i++) {
-                sum[i] += rows[i][k] * factor;
-                change += left[i * terms + s] * rows[i][k];
-            }
-            store(target, change);
-        }
-        for (int i = 0; i < ROWS; i++) sums[i * terms + s] = sum[i];
-    }
-}
-
-/* d_left[p][s] = <g_p, right_s>, d_right[s] = sum_p left[p][s] g_p; left and d_left have room for ROWS more rows. */
-static void contract(
-    const product *of, const float *gradient, const float *left, const float *right, float *d_left, float *d_right) {
-    int64_t columns = of->m1 * of->m2, padded = LANES * blocks(columns), terms = of->terms, rows = of->n1 * of->n2;
-    int64_t groups = blocks(ROWS * terms);
-    lanes sums[LANES * groups] __attribute__((aligned(64)));
-    float g[ROWS * padded] __attribute__((aligned(64)));
-    for (int64_t p = 0; p < rows; p += ROWS) {
-        for (int64_t i = 0; i < ROWS; i++) gradient_row(of, gradient, p + i, g + i * padded);
-        memset(sums, 0, sizeof sums);
-        for (int64_t from = 0; from < padded; from += 4 * LANES) {
-            int64_t rest = (padded - from) / LANES;
-#define CASE(n) \
-    case n: contract_vectors(n, g + from, padded, left + p * terms, right + from, terms, sums, d_right + from); break;
-            switch (rest < 4 ? rest : 4) { CASE(4) CASE(3) CASE(2) CASE(1) }
-#undef CASE
-        }
-        for (int64_t i = 0; i < groups; i++) {
-            lanes sum = totals(sums + i * LANES);
-            int64_t rest = ROWS * terms - i * LANES;
-            memcpy(d_left + p * terms + i * LANES, &sum, sizeof(float) * (rest < LANES ? rest : LANES));
-        }
-    }
-}
-
-static void backward_row(
-    const product *of, int64_t c, int64_t j, const float *gradient, float *d_weights, float *const *d_leaves) {
-    int64_t rows = of->n1 * of->n2, padded = LANES * blocks(of->m1 * of->m2), terms = of->terms;
-    float left[(rows + ROWS) * terms], d_left[(rows + ROWS) * terms];
-    float right[terms * padded] __attribute__((aligned(64))), d_right[terms * padded] __attribute__((aligned(64)));
-    left_half(of, c, j, left);
-    memset(left + rows * terms, 0, sizeof(float) * ROWS * terms);
-    right_half(of, c, j, right);
-    memset(d_right, 0, sizeof d_right);
-    contract(of, gradient, left, right, d_left, d_right);
-    const float *weights = of->weights + c * terms;
-    for (int64_t s = 0; s < terms; s++) d_weights[s] = 0;
-    for (int64_t p = 0; p < rows; p++)
         for (int64_t s = 0; s < terms; s++) {
-            d_weights[s] += d_left[p * terms + s] * left[p * terms + s];
-            d_left[p * terms + s] *= weights[s];
+            float weight = of->weights[c * terms + s], total = 0;
+            lanes sum = {0};
+            for (int64_t p = 0; p < count; p++) {
+                sum += d_left[p * all + s] * left[p * all + s];
+                d_left[p * all + s] *= weight;
+            }
+            for (int64_t p = 0; p < columns; p++) d_right[p * all + s] *= weight;
+            for (int k = 0; k < rows; k++) total += sum[k];
+            d_weights[c * terms + s] = total;
         }
-    for (int64_t s = 0; s < terms; s++)
-        for (int64_t q = 0; q < padded; q++) d_right[s * padded + q] *= weights[s];
-    split_left(of, c, j, d_left, d_leaves[0], d_leaves[1]);
-    split_right(of, c, j, d_right, padded, d_leaves[2], d_leaves[3]);
+        split(d_left, all, one, of->leaf[1] ? two : 0, terms, q[0], q[1], d_one, d_two);
+        split(d_right, all, three, of->leaf[3] ? four : 0, terms, q[2], q[3], d_three, d_four);
+        if (of->own || c == of->choices - 1)
+            for (int leaf = 0; leaf < 4; leaf++)
+                for (int64_t s = 0; d_leaf[leaf] && s < terms; s++)
+                    scatter(
+                        d_leaves[leaf] + s * q[leaf], d_leaf[leaf] + place(of, leaf, c, s, j), q[leaf], rows, q[leaf]);
+    }
 }
 
-/* Gradients of everything from that of the result, (choices, rank, width). `partial` (rank, choices, terms) is scratch. */
+/* Gradients of everything from that of the result, (choices, rank, width). `d_weights` has the sums of each group of
+   LANES rows, (groups, choices, terms). */
 void mixwright_build_backward(
-    const float *gradient, float *d_weights, float *d_l1, float *d_l2, float *d_r1, float *d_r2, float *partial,
-    const float *weights, const float *l1, const float *l2, const float *r1, const float *r2, int64_t choices,
-    int64_t terms, int64_t rank, int64_t n1, int64_t n2, int64_t m1, int64_t m2, int64_t width, int64_t own) {
-    product of = {weights, l1, l2, r1, r2, choices, terms, rank, n1, n2, m1, m2, width, own};
-    float *const d_leaves[4] = {d_l1, d_l2, d_r1, d_r2};
-    const int64_t radices[4] = {n1, n2, m1, m2};
+    const float *gradient, float *d_weights, float *d_l1, float *d_l2, float *d_r1, float *d_r2, const float *weights,
+    const float *l1, const float *l2, const float *r1, const float *r2, int64_t choices, int64_t terms, int64_t rank,
+    int64_t n1, int64_t n2, int64_t m1, int64_t m2, int64_t width, int64_t own) {
+    product of = {weights, {l1, l2, r1, r2}, choices, terms, rank, {n1, n2, m1, m2}, width, own};
+    float *const d_leaf[4] = {d_l1, d_l2, d_r1, d_r2};
 #pragma omp parallel for if (choices * rank * width * terms > SMALL)
-    for (int64_t j = 0; j < rank; j++)
-        for (int64_t c = 0; c < choices; c++) {
-            if (own || !c)
-                for (int leaf = 0; leaf < 4; leaf++) clear(&of, c, j, d_leaves[leaf], radices[leaf]);
-            backward_row(
-                &of, c, j, gradient + (c * rank + j) * width, partial + (j * choices + c) * terms, d_leaves);
-        }
-    memset(d_weights, 0, sizeof(float) * choices * terms);
-    for (int64_t j = 0; j < rank; j++)
-        for (int64_t i = 0; i < choices * terms; i++) d_weights[i] += partial[j * choices * terms + i];
+    for (int64_t j = 0; j < rank; j += LANES)
+        backward_rows(&of, j, gradient, d_leaf, d_weights + j / LANES * choices * terms);
 }
