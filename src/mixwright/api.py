@@ -1,6 +1,7 @@
 """The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from mixwright.evaluation.table import Table
 from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
+from mixwright.training.compositions import check_composition, train_composition, with_task_names
+from mixwright.training.experts import check_expert, open_shelf, train_expert
 from mixwright.training.job import open_job
-from mixwright.training.run import TrainingReport, run_stages
-from mixwright.training.sign import sign_job, signature_of
+from mixwright.training.run import Request, TrainingReport
+from mixwright.training.sign import sign_expert, signature_of
+from mixwright.training.sources import read_texts
 
 
 def compose(
@@ -53,7 +57,10 @@ def train(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> TrainingReport:
-    """Train an expert as a recipe (a value, a mapping, or a YAML file) says, and put it into the recipe's catalogue.
+    """Train as a recipe (a value, a mapping, or a YAML file) says.
+
+    A method that trains experts puts one into the recipe's catalogue. One that trains compositions saves what each
+    stage comes to in `output_dir/<stage>/composition`, for `load`; its stages are those whose data the recipe has.
 
     `stage` runs one of the method's stages alone. `resume` goes on where the same run was cut off, to the same weights.
     `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and
@@ -62,10 +69,12 @@ def train(
     Raises ValueError for a fault in the recipe or the data (key, or file and line), CatalogError for a refusal.
     """
     settings = _recipe(recipe)
-    if settings.catalog is None:
-        raise ValueError("recipe.catalog: missing; training needs the folder that the expert is put into.")
     card = load_method(settings.method)
+    if card.trains == "composition":
+        settings = with_task_names(_with_stored_config(settings), card.config)
     stages = card.stages(configuration.decode(card.config, settings.config, where="recipe.config"))
+    (check_composition if card.trains == "composition" else check_expert)(settings)
+    texts = read_texts(settings.data)
     source = settings.backbone
     backbone = load_backbone(
         source.path,
@@ -75,10 +84,14 @@ def train(
         device_map=source.device_map,
     )
     tokenizer = load_tokenizer(source.path, revision=source.revision)
-    job = open_job(settings, backbone, tokenizer, Catalog(settings.catalog, backbone))
-    report = run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    job = open_job(settings, texts, backbone, tokenizer)
+    request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    if card.trains == "composition":
+        return train_composition(job, stages, lambda folder, base: artifact.load(folder, backbone=base), request)
+    shelf = open_shelf(settings, backbone)
+    report = train_expert(job, shelf, stages, request)
     if not dry_run and stage in (None, stages[-1].name):
-        sign_job(job)
+        sign_expert(job, shelf)
     return report
 
 
@@ -179,6 +192,19 @@ def _tokenizer(model: ComposedModel) -> Any:
     if not path:
         raise ValueError("the backbone was built in memory and has no tokenizer beside it; give tokenizer=.")
     return load_tokenizer(path, revision=model.composition.backbone.get("revision"))
+
+
+def _with_stored_config(recipe: Recipe) -> Recipe:
+    """A recipe that starts from a composition has the config it was saved with, as far as it gives no other."""
+    if recipe.composition is None:
+        return recipe
+    stored = artifact.stored_at(recipe.composition)
+    if stored.method != recipe.method:
+        raise ValueError(
+            f"recipe.composition: {recipe.composition} was composed by {stored.method}, and recipe.method is "
+            f"{recipe.method}."
+        )
+    return replace(recipe, config={**stored.config, **recipe.config})
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
