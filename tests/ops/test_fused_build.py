@@ -147,3 +147,11 @@ def test_what_it_does_not_take_goes_the_plain_way(native, monkeypatch):
     )
     large = [torch.zeros(2, 1, q) for q in (2, 1 << 15)]
     assert math.prod(build_factors(large, large, torch.ones(1, 2), 9, 9)[0].shape) == 9
+
+
+def test_a_gradient_of_the_gradient_is_refused_not_wrong(native):
+    del native
+    down, weights = case(2, 23, ceil_radices, 1, 3, 2)
+    first, _ = build_factors(down, down, weights, 23, 23)
+    with pytest.raises(RuntimeError, match="MIXWRIGHT_KERNELS=off"):
+        torch.autograd.grad(first.square().sum(), weights, create_graph=True)

@@ -127,7 +127,7 @@ class AbstractFactored(AbstractExperts):
         choices, row = distinct(choices, condition.task_ids)
         with _as_it_is(x):
             down, up = self.factors(choices)
-        return down.to(dtype), up.to(dtype), row
+        return (down, up, row) if down.dtype == dtype else (down.to(dtype), up.to(dtype), row)
 
     def _by_row(self, routing: Routing, x: Tensor) -> Tensor | None:
         """Weights `(batch or 1, [positions,] experts)`, or None if they vary by token."""

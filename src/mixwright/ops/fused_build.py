@@ -5,7 +5,6 @@ autograd's graph, whose forward and backward are one call for each factor. What 
 device, a norm, a gradient of the gradient, no compiler) goes the plain way of `ops/tensor_product.py`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from mixwright.ops import kernels
 from mixwright.ops.tensor_product import Leaves, build
 
-LARGEST = 1 << 18
+LARGEST = 3 << 17
 """Numbers that the twin may hold on its stack."""
 
 _GROUP = 16
@@ -28,10 +27,10 @@ def build_factors(
     down: Leaves, up: Leaves, weights: Float[Tensor, "choices terms"], d_in: int, d_out: int, norm: bool = False
 ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
     """`build(down, weights, d_in)` and `build(up, weights, d_out)`."""
-    if not norm and _fits(weights, down, up):
-        native = kernels.kernel()
-        if native is not None:
-            return _Build.apply(native, (d_in, d_out), weights, *down, *up)  # type: ignore[no-any-return]
+    if not norm and 2 <= len(down) == len(up) <= 4 and _plain(weights, *down, *up):
+        native, sizes = kernels.kernel(), [_sizes(weights, *side) for side in ((down, d_in), (up, d_out))]
+        if native is not None and max(map(_held, sizes)) <= LARGEST:
+            return _Build.apply(native, sizes, weights, *down, *up)  # type: ignore[no-any-return]
     return build(down, weights, d_in, norm), build(up, weights, d_out, norm)
 
 
@@ -40,36 +39,32 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, native: kernels.Kernels, widths: tuple[int, int], weights: Tensor, *leaves: Tensor
+        ctx: Any, native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
     ) -> tuple[Tensor, ...]:
-        half = len(leaves) // 2
-        ctx.native, ctx.given, made = native, [], []
-        for own, width in ((leaves[:half], widths[0]), (leaves[half:], widths[1])):
-            rank = own[0].shape[-2]
-            radices = [1 if place is None else own[place].shape[-1] for place in _PLACES[half]]
-            sizes = (*weights.shape, rank, *radices, width, own[0].dim() == 4)
-            given = (weights.data_ptr(), *_pointers(own), *sizes)
-            made.append(out := weights.new_empty((weights.shape[0], rank, width)))
-            native.build(out.data_ptr(), *given)
-            ctx.given.append(given)
+        half, place = len(leaves) // 2, weights.data_ptr()
+        made = tuple(weights.new_empty((given[0], given[2], given[7])) for given in sizes)
+        ctx.native, ctx.given = native, []
+        for out, own, given in zip(made, (leaves[:half], leaves[half:]), sizes):
+            ctx.given.append((place, *_pointers(own), *given))
+            native.build(out.data_ptr(), *ctx.given[-1])
         ctx.save_for_backward(weights, *leaves)  # what the pointers point to stays as long as these do
-        return tuple(made)
+        return made
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a gradient of the gradient of tensor factors is asked for (create_graph=True), which the compiled "
+                "build does not have; set MIXWRIGHT_KERNELS=off to build them with torch's own operations."
+            )
         weights, *leaves = ctx.saved_tensors
-        half, groups = len(leaves) // 2, -(-leaves[0].shape[-2] // _GROUP)
-        found = [torch.empty_like(leaf) for leaf in leaves]
-        d_weights = weights.new_empty((2, groups, *weights.shape))
-        for side, gradient, given, own in zip(
-            d_weights, gradients, ctx.given, (found[:half], found[half:]), strict=True
-        ):
+        half = len(leaves) // 2
+        d_weights, found = torch.zeros_like(weights), [torch.empty_like(leaf) for leaf in leaves]
+        place = d_weights.data_ptr()
+        for gradient, own, given in zip(gradients, (found[:half], found[half:]), ctx.given):
             gradient = gradient.contiguous()
-            ctx.native.build_backward(gradient.data_ptr(), side.data_ptr(), *_pointers(own), *given)
-        return None, None, d_weights.sum((0, 1)), *found
+            ctx.native.build_backward(gradient.data_ptr(), place, *_pointers(own), *given)
+        return None, None, d_weights, *found
 
 
 def _pointers(leaves: Sequence[Tensor]) -> list[int]:
@@ -77,20 +72,26 @@ def _pointers(leaves: Sequence[Tensor]) -> list[int]:
     return [0 if place is None else leaves[place].data_ptr() for place in _PLACES[len(leaves)]]
 
 
-def _fits(weights: Tensor, down: Leaves, up: Leaves) -> bool:
+def _sizes(weights: Tensor, leaves: Leaves, width: int) -> tuple[int, ...]:
+    """Choices, terms, rank, four radices, the width, and whether every choice has leaves of its own."""
+    radices = [1 if place is None else leaves[place].shape[-1] for place in _PLACES[len(leaves)]]
+    return (*weights.shape, leaves[0].shape[-2], *radices, width, leaves[0].dim() == 4)
+
+
+def _held(sizes: tuple[int, ...]) -> int:
+    """Numbers that the twin has on its stack, about."""
+    choices, terms, rank, n1, n2, m1, m2, _, _ = sizes
+    rows, columns = n1 * n2, m1 * m2
+    return _GROUP * (2 * (terms + 3) * (2 * rows + 2 * columns + _GROUP) + _GROUP * columns) + choices * terms * rank
+
+
+def _plain(*tensors: Tensor) -> bool:
     """Whether the twin takes these tensors as they lie."""
-    if not (2 <= len(down) == len(up) <= 4 and weights.is_cpu and weights.numel()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not tensors[0].numel():
         return False
-    for tensor in (weights, *down, *up):
-        if tensor.dtype != torch.float32 or type(tensor) not in (Tensor, torch.nn.Parameter):
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             return False
-        if not tensor.is_contiguous() or not tensor.is_cpu:
+        if type(tensor) is not torch.nn.Parameter and type(tensor) is not Tensor:
             return False
-    return max(_held(down), _held(up)) <= LARGEST
-
-
-def _held(leaves: Leaves) -> int:
-    """Numbers that the twin needs on its stack, about."""
-    middle = len(leaves) // 2
-    rows, columns = (math.prod(leaf.shape[-1] for leaf in half) for half in (leaves[:middle], leaves[middle:]))
-    return _GROUP * (2 * (leaves[0].shape[-3] + 3) * (rows + columns + _GROUP) + _GROUP * columns)
+    return True

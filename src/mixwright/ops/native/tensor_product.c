@@ -146,10 +146,10 @@ static void build_rows(const product *of, int64_t c, int64_t j, float *out) {
     multiply(one, of->leaf[1] ? two : 0, terms, q[0], q[1], left, terms, count);
     multiply(three, of->leaf[3] ? four : 0, terms, q[2], q[3], right, terms, columns);
     for (int64_t p = 0; p < count && p * columns < of->width; p += LANES) {
-        for (int64_t i = 0; i < LANES; i += TILE)
+        int64_t rest = of->width - p * columns, here = rest < LANES * columns ? rest : LANES * columns;
+        for (int64_t i = 0; i * columns < here; i += TILE)
             tiles(columns, 0, terms, left + (p + i) * terms, terms, 1, right, terms, 1, result + i * columns, columns, 1);
-        int64_t rest = of->width - p * columns;
-        scatter(result, out + p * columns, of->width, rows, rest < LANES * columns ? rest : LANES * columns);
+        scatter(result, out + p * columns, of->width, rows, here);
     }
 }
 
@@ -185,12 +185,13 @@ static void backward_rows(
         memset(d_right, 0, sizeof d_right);
         for (int64_t p = 0; p < count && p * columns < of->width; p += LANES) {
             int64_t rest = of->width - p * columns, here = rest < LANES * columns ? rest : LANES * columns;
+            int64_t deep = padded((here + columns - 1) / columns, TILE);
             gather(gradient + (c * of->rank + j) * of->width + p * columns, of->width, rows, here, g);
-            memset(g + here, 0, sizeof(lanes) * (LANES * columns - here));
+            memset(g + here, 0, sizeof(lanes) * (deep * columns - here));
             for (int64_t s = 0; s < all; s += TILE) {
                 /* d_left[p][s] = sum_q right[q][s] g[p][q], d_right[q][s] += sum_p left[p][s] g[p][q] */
-                tiles(LANES, 0, columns, right + s, 1, all, g, columns, 1, d_left + p * all + s, 1, all);
-                tiles(columns, 1, LANES, left + p * all + s, 1, all, g, 1, columns, d_right + s, 1, all);
+                tiles(deep, 0, columns, right + s, 1, all, g, columns, 1, d_left + p * all + s, 1, all);
+                tiles(columns, 1, deep, left + p * all + s, 1, all, g, 1, columns, d_right + s, 1, all);
             }
         }
         for (int64_t s = 0; s < terms; s++) {
@@ -214,15 +215,18 @@ static void backward_rows(
     }
 }
 
-/* Gradients of everything from that of the result, (choices, rank, width). `d_weights` has the sums of each group of
-   LANES rows, (groups, choices, terms). */
+/* Gradients of everything from that of the result, (choices, rank, width); those of the weights are added to what is
+   there, group of rows by group of rows. */
 void mixwright_build_backward(
     const float *gradient, float *d_weights, float *d_l1, float *d_l2, float *d_r1, float *d_r2, const float *weights,
     const float *l1, const float *l2, const float *r1, const float *r2, int64_t choices, int64_t terms, int64_t rank,
     int64_t n1, int64_t n2, int64_t m1, int64_t m2, int64_t width, int64_t own) {
     product of = {weights, {l1, l2, r1, r2}, choices, terms, rank, {n1, n2, m1, m2}, width, own};
     float *const d_leaf[4] = {d_l1, d_l2, d_r1, d_r2};
-#pragma omp parallel for if (choices * rank * width * terms > SMALL)
-    for (int64_t j = 0; j < rank; j += LANES)
-        backward_rows(&of, j, gradient, d_leaf, d_weights + j / LANES * choices * terms);
+    int64_t groups = (rank + LANES - 1) / LANES, count = choices * terms;
+    float sums[groups * count];
+#pragma omp parallel for if (count * rank * width > SMALL)
+    for (int64_t group = 0; group < groups; group++)
+        backward_rows(&of, group * LANES, gradient, d_leaf, sums + group * count);
+    for (int64_t i = 0; i < groups * count; i++) d_weights[i % count] += sums[i];
 }
