@@ -244,10 +244,13 @@ class ComposedModel(nn.Module):
         print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")
 
     def fold(self, condition: Condition | None = None) -> nn.Module:
-        """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`."""
+        """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`.
+
+        Without a `condition` that of the block around it holds, such as a task's.
+        """
         from mixwright.composition.folding import fold
 
-        return fold(self, condition or Condition())
+        return fold(self, condition or self._given)
 
     def remove(self) -> nn.Module:
         """Take every mixture out and return the backbone as it was, gradients asked for included."""

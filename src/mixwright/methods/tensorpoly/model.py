@@ -14,12 +14,15 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixwright.backbones.hf import provenance
+from mixwright.composition.by_task import of_task
+from mixwright.composition.exporting import Exported, export_lora
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import called_sites, probe
@@ -166,6 +169,17 @@ class TaskComposedModel(ComposedModel):
             else:
                 table[path] = router.get_buffer("weights").expand(len(self.tasks), -1)
         return table
+
+    def export_lora(self, task: str | int | None, folder: str | Path) -> Exported:
+        """Write a task as an ordinary PEFT LoRA of rank r and alpha 1, with equal outputs: see `export_lora`.
+
+        None is for a kind that knows no tasks. `mixwright experts add` takes the folder, and so do PEFT and vLLM.
+        """
+        return export_lora(self, of_task(self, task), Path(folder), str(task or self.composition.method))
+
+    def fold_task(self, task: str | int | None) -> nn.Module:
+        """A copy of the backbone whose weights act as this model does under a task; see `ComposedModel.fold`."""
+        return self.fold(of_task(self, task))
 
     @property
     def settings(self) -> TensorPolyConfig:
