@@ -99,7 +99,7 @@ class TensorPolyConfig:
     orthogonality: float = 0.0
     """Weight of the overlap between latent experts, from the cosines of their leaves. Not in the paper."""
     sparsity: float = 0.0
-    """Weight of relu(mean sigmoid(Z) - 1 / R), an L1 penalty that leaves each task one expert free. Not in the paper."""
+    """Weight of relu(mean sigmoid(Z) - 1 / R), an L1 penalty that leaves one expert per task free. Not in the paper."""
     ibp: float = 0.0
     """Weight of the Indian-buffet-process prior on Z (Poly, appendix). Off in the published runs."""
 
