@@ -65,6 +65,8 @@ class TensorPolyConfig:
     """Gates are rounded to 0 or 1, with the gradient of what was rounded."""
     temperature: float = 1.0
     """tau of the noise (Poly, equation 4)."""
+    licence: str | None = None
+    """Licence of what is trained here, as an SPDX name, for the card of a saved composition; None states none."""
     seed: int = 0
     """Of the first values of leaves and Z. `mixwright train` passes the recipe's."""
     learning_rate: float = 1e-3
@@ -96,6 +98,8 @@ class TensorPolyConfig:
     Not in the paper; 0 is off, here and below."""
     orthogonality: float = 0.0
     """Weight of the overlap between latent experts, from the cosines of their leaves. Not in the paper."""
+    sparsity: float = 0.0
+    """Weight of relu(mean sigmoid(Z) - 1 / R), an L1 penalty that leaves one expert per task free. Not in the paper."""
     ibp: float = 0.0
     """Weight of the Indian-buffet-process prior on Z (Poly, appendix). Off in the published runs."""
 
