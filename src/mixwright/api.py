@@ -18,7 +18,7 @@ from mixwright.evaluation.evaluate import evaluate as score
 from mixwright.evaluation.quality import measure_quality
 from mixwright.evaluation.systems import members
 from mixwright.evaluation.table import Table
-from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks
+from mixwright.evaluation.tasks import chosen_systems, default_systems, file_tasks
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.compositions import check_composition, train_composition, with_task_names
@@ -107,12 +107,34 @@ def load(
     return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
 
 
+def from_peft_poly(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path,
+    tasks: Sequence[str] | None = None,
+    revision: str | None = None,
+    noise: bool = True,
+    confirm_base: bool = False,
+) -> ComposedModel:
+    """The model that PEFT makes of a Poly or MHR adapter, with equal outputs, on its backbone.
+
+    `backbone`: a model, a folder or a hub id. `tasks` names the rows of its router, in order; else they are task-0,
+    task-1, ... In training PEFT always draws noise, and so does this model; `noise=False` trains on without. See
+    `methods.tensorpoly.peft_poly` for what is refused.
+    """
+    from mixwright.methods.tensorpoly.peft_poly import from_peft_poly as read
+
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    return read(folder_or_repo, base, tasks, revision=revision, noise=noise, confirm_base=confirm_base)
+
+
 def evaluate(
     model: ComposedModel,
     data: str | Path | Sequence[str | Path],
     *,
     tokenizer: Any = None,
-    systems: Sequence[str] = NAMES,
+    systems: Sequence[str] | None = None,
+    of_tasks: Sequence[str | int] | None = None,
     batch_size: int = 16,
     max_length: int = 512,
     limit: int | None = None,
@@ -121,13 +143,18 @@ def evaluate(
     """The backbone, each expert, merges, baselines and the routed model on the same examples, with one model in memory.
 
     `data`: JSONL files, folders or hub ids, one task each. `tokenizer`: the one beside the backbone unless given.
+    `systems`: all that the experts allow unless given. `of_tasks`: for a model that is routed by task, the tasks it
+    knows that the files are of, one for each or one for all; the files' own names unless given.
     """
     sources = [data] if isinstance(data, str | Path) else data
     reader = tokenizer or _tokenizer(model)
     files = [str(source) for source in sources]
-    tasks = file_tasks(model, reader, files, batch_size=batch_size, max_length=max_length, limit=limit)
-    table = score(model, tasks, chosen_systems(model, systems, seed=seed), seed=seed)
-    return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in systems else table
+    names = default_systems(model) if systems is None else systems
+    tasks = file_tasks(
+        model, reader, files, batch_size=batch_size, max_length=max_length, limit=limit, of_tasks=of_tasks
+    )
+    table = score(model, tasks, chosen_systems(model, names, seed=seed), seed=seed)
+    return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in names else table
 
 
 def measure(

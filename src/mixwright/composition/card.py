@@ -77,6 +77,38 @@ def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def adapter_card(title: str, backbone: Mapping[str, Any], composition: "Composition") -> str:
+    """The text of README.md for one routing of a composition that was written as a PEFT adapter."""
+    path = str(backbone.get("path") or "")
+    base = f"`{_plain(path or backbone.get('architecture', 'the backbone'))}`"
+    metadata: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "mixwright", composition.method]}
+    lines = [
+        f"---\n{write_yaml(metadata | _on_hub(path))}---",
+        "",
+        f"# {_plain(title)}",
+        "",
+        f"An ordinary LoRA for {base} (fingerprint `{backbone['fingerprint']}`), which acts exactly as a composition "
+        f"made with mixwright by the method *{_plain(composition.method)}* does under this one routing. Its factors "
+        "hold the routing weights; no router is needed.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(backbone, "this-folder-or-repository")',
+        "```",
+    ]
+    if composition.citation:
+        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _on_hub(path: str) -> dict[str, Any]:
+    """The hub's metadata of what stands on a backbone, where its path is a hub id."""
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return {}
+    return {"base_model": path, "base_model_relation": "adapter"}
+
+
 def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     licences = {str(expert.get("licence") or "unknown") for expert in experts}
     metadata: dict[str, Any] = {
@@ -85,10 +117,7 @@ def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]])
     }
     if experts or not _tasks(stored):
         metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
-    if stored.backbone.path.count("/") == 1 and not stored.backbone.path.startswith((".", "/", "~")):
-        metadata["base_model"] = stored.backbone.path
-        metadata["base_model_relation"] = "adapter"
-    return metadata
+    return metadata | _on_hub(stored.backbone.path)
 
 
 def _row(expert: Mapping[str, Any]) -> str:

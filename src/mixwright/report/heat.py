@@ -10,6 +10,7 @@ from mixwright.report.markup import escape, tag
 
 _CELL, _LABEL, _HEAD = 13, 30, 15
 _STEPS = 10
+_FEW, _LARGER = 8, 1.5
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def rulers(labels: Sequence[str], columns: int) -> str:
 def heat(panel: Panel) -> str:
     """The panel as an SVG that keeps its proportions where the window is narrower; the page has its `rulers`."""
     columns = max((len(row) for row in panel.rows), default=0)
+    scale = _LARGER if max(columns, len(panel.rows)) <= _FEW else 1
     width, height = _LABEL + columns * _CELL, _HEAD + len(panel.rows) * _CELL
     return tag(
         "svg",
@@ -53,8 +55,8 @@ def heat(panel: Panel) -> str:
         class_="heat",
         role="img",
         viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
+        width=f"{width * scale:g}",
+        height=f"{height * scale:g}",
     )
 
 

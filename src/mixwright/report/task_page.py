@@ -14,6 +14,17 @@ from mixwright.report.routing_tiles import FOLDED, Rows, rows_of, tiles_section
 from mixwright.report.tree import tree
 
 _NUMBERS = ("discreteness", "sparsity", "usage", "peakiness", "separation", "agreement")
+_MEANING = (
+    ("Discreteness", "entropy of the gates: 0 on or off, 1 undecided"),
+    ("Sparsity", "share of gates over one half"),
+    ("Usage", "1: all latent experts carry the same load"),
+    ("Peakiness", "0: uniform rows, 1: one expert for each task"),
+    ("Separation", "0: all tasks have the same row"),
+    ("Agreement", "correlation, with other layers, of which tasks are alike"),
+    ("Change", "length of the update over that of the layer's weight, mean over tasks"),
+    ("Overlap", "mean absolute cosine between experts' parts of the update"),
+    ("Cancelling", "the parts' squares over the update's: over 1, they work against each other"),
+)
 
 
 def task_page(routing: TaskRouting, times: StepTimes | None = None, command: str = "") -> str:
@@ -156,15 +167,9 @@ def _nearest(routing: TaskRouting) -> str:
 
 def _numbers_section(routing: TaskRouting) -> str:
     every = [_line(layer.site, [layer], [routing.routers[layer.router]]) for layer in routing.layers]
-    head = ("Layer", *(name.capitalize() for name in _NUMBERS), "Change", "Overlap", "Cancelling")
-    note = (
-        "Discreteness: entropy of the gates, 0 on or off, 1 undecided. Sparsity: gates over one half. Usage: 1 where "
-        "all latent experts carry the same load. Peakiness: 0 uniform rows, 1 one expert per task. Separation: 0 where "
-        "all tasks have the same row. Agreement: correlation, with other layers, of which tasks are alike. Change: "
-        "length of the update over the layer's, mean over tasks. Overlap: mean absolute cosine between experts' parts. "
-        "Cancelling: the parts' squares over the update's; over 1 they work against each other."
-    )
-    overall = "" if routing.agreement is None else f" Layers agree by {routing.agreement:.2f} on which tasks are alike."
+    head = ("Layer", *(name for name, _ in _MEANING))
+    meaning = (tag("div", tag("dt", name), tag("dd", text)) for name, text in _MEANING)
+    agreed = "" if routing.agreement is None else f"Layers agree by {routing.agreement:.2f} on which tasks are alike."
     if len(routing.layers) > FOLDED:
         depths: dict[str, list[LayerParts]] = {}
         for layer in routing.layers:
@@ -174,7 +179,10 @@ def _numbers_section(routing: TaskRouting) -> str:
         shown = table(("Depth, means", *head[1:]), means) + fold
     else:
         shown = table(head, every)
-    return tag("section", tag("h2", "Every layer in numbers"), tag("p", note + overall, class_="note"), shown)
+    words = tag("dl", *meaning, class_="provenance")
+    return tag(
+        "section", tag("h2", "Every layer in numbers"), tag("p", agreed, class_="note") if agreed else "", words, shown
+    )
 
 
 def _line(name: str, layers: Sequence[LayerParts], tables: Sequence[TaskTable]) -> str:
@@ -212,9 +220,8 @@ def cost_lines(routing: TaskRouting, times: StepTimes | None, command: str) -> l
     if cost["dead"]:
         lines.append(("Stored and never read", f"{cost['dead']:,}", "leaf entries that only reach what the cut drops"))
     if times is not None:
-        size = (
-            f"{times.rows} rows of {times.tokens} random tokens, tasks in turn, {times.threads} threads, {times.device}"
-        )
+        threads = f"{times.threads} thread{'' if times.threads == 1 else 's'}"
+        size = f"{times.rows} rows of {times.tokens} random tokens, tasks in turn, {threads}, {times.device}"
         lines += [
             ("Milliseconds per training step", f"{times.train:.1f}", f"forward, backward, AdamW; {size}"),
             ("Milliseconds per evaluation pass", f"{times.evaluate:.1f}", f"median of 5; {command}"),

@@ -23,7 +23,8 @@ from mixwright.methods.tensorpoly.config import TensorPolyConfig
 from mixwright.methods.tensorpoly.shots import Examples, Shots, deal, read_shots
 from mixwright.methods.tensorpoly.task_rows import Rows, task_names, task_routers
 from mixwright.recipe import TrainConfig
-from mixwright.routing import Condition, Routing
+from mixwright.routers.constant import ConstantRouter
+from mixwright.routing import Condition
 from mixwright.training.fit import Fitted, fit
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import ParamGroup, Stage
@@ -274,8 +275,8 @@ def _routing(model: ComposedModel, one: Candidate) -> AbstractContextManager[Non
     """Uniform weights everywhere where only the experts train (MHR's mu), noise or not; else what the routers say."""
     if one.what != "experts" or not task_routers(model):
         return nullcontext()
-    count = len(model.experts)
-    return model.routed_by(Routing(torch.full((count,), 1.0 / count, device=_device(model)), count))
+    even = ConstantRouter(torch.full((len(model.experts),), 1.0 / len(model.experts))).to(_device(model))
+    return model.replaced(routers=dict.fromkeys(model.mixtures, even))
 
 
 def _of_the_task(model: Any, batch: Batch) -> Tensor:
