@@ -154,3 +154,6 @@ def _show_result(report: "TrainingReport", catalog: str | None) -> None:
         )
     if report.composition is not None:
         say(f"the composition is in {report.composition}; see it with: mixwright explain {report.composition}")
+        names = [*report.new_tasks, *report.tasks]
+        if names and report.kind != "encoder":
+            say(f"try it with: mixwright run {report.composition} --task {names[0]} --prompt TEXT", markup=False)
