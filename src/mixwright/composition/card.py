@@ -1,5 +1,6 @@
 """The model card of a composition: what it is made of, under which licences, and how good it was measured to be."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,12 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
 
 
 def _tasks(stored: "StoredComposition") -> list[str]:
-    return [str(task) for task in stored.config.get("tasks") or ()]
+    named = stored.config.get("tasks")
+    return [str(task) for task in named] if isinstance(named, list | tuple) else []
 
 
 def _with_task(tasks: Sequence[str]) -> list[str]:
-    return [f'with model.with_task("{_plain(tasks[0])}"):', "    outputs = model(**inputs)"] if tasks else []
+    return [f"with model.with_task({json.dumps(_plain(tasks[0]))}):", "    outputs = model(**inputs)"] if tasks else []
 
 
 def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
@@ -61,7 +63,15 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
         "",
         *(f"- {_plain(task)}" for task in tasks),
         "",
+        f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
+        "bind as well.",
+        "",
     ]
+
+
+def _own_licence(stored: "StoredComposition") -> str | None:
+    """Of experts that were trained in the composition."""
+    return stored.config.get("licence") or None
 
 
 def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -110,12 +120,13 @@ def _on_hub(path: str) -> dict[str, Any]:
 
 
 def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    licences = {str(expert.get("licence") or "unknown") for expert in experts}
+    own = _own_licence(stored)
+    licences = {str(expert.get("licence") or "unknown") for expert in experts} | ({own} if own else set[str]())
     metadata: dict[str, Any] = {
         "library_name": "mixwright",
         "tags": ["mixwright", stored.method, "mixture-of-experts", "lora"],
     }
-    if experts or not _tasks(stored):
+    if licences or not _tasks(stored):
         metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
     return metadata | _on_hub(stored.backbone.path)
 

@@ -93,7 +93,7 @@ def _apart(routing: TaskRouting) -> tuple[list[int], int, float]:
 
 def percent(share: float) -> str:
     """A share of one as a percentage of two digits."""
-    return f"{100 * share:.0f}%" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
+    return f"{100 * share:.0f}%" if share >= 0.1 or share < 1e-6 else f"{100 * share:.2g}%"
 
 
 def short(count: int) -> str:
@@ -134,7 +134,8 @@ def _tasks_section(routing: TaskRouting, rows: Rows) -> str:
     drawn = tree(rows.merges, names, range(len(names)), "Tree of tasks by routing", ends)
     every = ""
     if rows.grouped:
-        plain = [tag("bdi", escape(name), title=name) for name in routing.tasks]
+        of = {task: mark for mark, group in zip(key, rows.members) for task in group}
+        plain = [of[task] + tag("bdi", escape(name), title=name) for task, name in enumerate(routing.tasks)]
         whole = tree(routing.merges, plain, routing.order, "Tree of all tasks by routing", ends)
         every = tag("details", tag("summary", f"All {len(plain)} tasks"), whole)
     nearest = _nearest(routing)

@@ -65,6 +65,8 @@ class TensorPolyConfig:
     """Gates are rounded to 0 or 1, with the gradient of what was rounded."""
     temperature: float = 1.0
     """tau of the noise (Poly, equation 4)."""
+    licence: str | None = None
+    """Licence of what is trained here, as an SPDX name, for the card of a saved composition; None states none."""
     seed: int = 0
     """Of the first values of leaves and Z. `mixwright train` passes the recipe's."""
     learning_rate: float = 1e-3

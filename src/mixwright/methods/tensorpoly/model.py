@@ -27,8 +27,8 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import called_sites, probe
 from mixwright.config import decode
+from mixwright.evaluation.task_cost import Cost, count
 from mixwright.methods.tensorpoly.config import METHOD, TensorPolyConfig
-from mixwright.methods.tensorpoly.counting import Cost, count
 from mixwright.methods.tensorpoly.initial import Draw, check_alive, first_factors, first_logits
 from mixwright.methods.tensorpoly.latent import assemble, positions
 from mixwright.ops.digest import fingerprint
