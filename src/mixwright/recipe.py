@@ -108,7 +108,8 @@ class TrainConfig:
     log_every: Count = 10
     """Optimiser steps between lines of the log."""
     signature_batches: Annotated[int, Ge(0)] = 16
-    """Training batches from which the expert's signature is taken after the last stage; 0 leaves none."""
+    """Training batches from which the expert's signature, or what each task's texts look like, is taken after
+    training; 0 leaves none."""
     tracker: str | None = None
     """A tracker that accelerate knows (tensorboard, wandb, trackio); None sends nothing anywhere."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixwright.catalog.card import RESERVED
 from mixwright.composition.channel import Channel
+from mixwright.composition.checkpointing import checkpoint_options
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.passes import begin_encoder_pass, begin_pass, end_pass, named_arguments
 from mixwright.composition.probe import Probe, encoder_of
@@ -106,6 +107,13 @@ class ComposedModel(nn.Module):
         """The backbone's `generate` under `condition`: greedy, beams, sampling, with its cache."""
         with self.under(self._condition(condition, task_ids)):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As the backbone's, not reentrant unless asked; layers run again under the tasks of their own pass."""
+        given = checkpoint_options(self.channel, gradient_checkpointing_kwargs)
+        self.backbone.gradient_checkpointing_enable(given, **options)  # type: ignore[operator]
 
     def _condition(self, condition: Condition | None, task_ids: Tensor | None) -> Condition | None:
         return condition if task_ids is None else replace(condition or self._given, task_ids=task_ids)

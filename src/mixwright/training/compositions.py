@@ -102,6 +102,8 @@ def _train(job: Job, stage: Stage, before: str | None, load: Load, request: Requ
     try:
         _refuse_unsaved(model, stage)
         fitted = _fitted(job, stage, model, before, request)
+        if stage.finish is not None:
+            stage.finish(model, job)
         if process_state().is_main_process:
             _save(job, stage, model, before, fitted)
     finally:

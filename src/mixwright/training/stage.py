@@ -69,6 +69,8 @@ class Stage:
     own_way: Callable[[Any, Job, bool], Fitted] | None = None
     """(model, job, quiet): trains in place by itself, calling `fit` as it likes, where one run over `groups` won't do.
     `groups` are then the most that it trains. Such a stage keeps no checkpoints: cut off, it starts over."""
+    finish: Callable[[Any, Job], None] | None = None
+    """(model, job): what is done with the trained composition before it is saved."""
 
     @property
     def warmup_steps(self) -> int:

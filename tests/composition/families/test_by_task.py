@@ -193,6 +193,24 @@ def test_a_mixed_batch_trains_as_its_rows_and_with_checkpoints(family: str, kind
         torch.testing.assert_close(gradient, mixed[name], rtol=1e-4, atol=1e-7)
 
 
+def test_layers_that_run_again_do_so_under_the_tasks_of_their_own_pass(by_task: Any) -> None:
+    model: ComposedModel = by_task(tiny_backbone("llama"), "tensorpoly-1").train()
+    inputs = {**inputs_of(model), "use_cache": False}
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        losses = [model(**inputs, task_ids=ids)[0].square().mean() for ids in (IDS, IDS.flip(0))]
+        with model.trace() as trace:
+            (losses[0] - 3 * losses[1]).backward()
+        assert not trace
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("noise", [False, True])
 def test_noise_only_in_training_and_only_when_asked(noise: bool, by_task: Any) -> None:
     model: ComposedModel = by_task(tiny_backbone("llama"), "tensorpoly-2", noise=noise)

@@ -183,6 +183,12 @@ def test_clear_errors() -> None:
     few = teacher.shots(model, 3, like=HALVES)
     with pytest.raises(ValueError, match=r"task 'two' is one of the model's already \(zero, one, two, three\)"):
         adapt(model, "two", few)
+    with pytest.raises(ValueError, match=r"task ' ': expected a name"):
+        adapt(model, " ", few)
+    with pytest.raises(ValueError, match=r"task 7: expected a name"):
+        adapt(model, 7, few)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"steps=0: expected 1 or more"):
+        adapt(model, "new", few, steps=0)
     with pytest.raises(ValueError, match=r"task 'new': 3 shots; choosing by 4-fold validation needs .* fewer folds"):
         adapt(model, "new", few)
     with pytest.raises(ValueError, match=r"what='every'; expected one of router, experts, all, auto"):
@@ -211,14 +217,18 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "family"), [("causal", "gpt2"), ("seq2seq", "t5"), ("encoder", "bert")])
-def test_what_users_have_on_every_kind_of_backbone(kind: Any, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "family", "site"), [("causal", "gpt2", "c_fc"), ("seq2seq", "t5", "wo"), ("encoder", "bert", "query")]
+)
+def test_what_users_have_on_every_kind_of_backbone(kind: Any, family: str, site: str, tmp_path: Path) -> None:
     rows = ROWS[kind]
     path = tmp_path / "few.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     losses = []
     for examples in (rows, path, str(path)) if kind == "causal" else (rows, path):
-        model = mw.compose("tensorpoly", backbone=tiny_backbone(family), tasks=["one", "two"], **SMALL)
+        model = mw.compose(
+            "tensorpoly", backbone=tiny_backbone(family), tasks=["one", "two"], target_modules=(site,), **SMALL
+        )
         report = adapt(
             model, "new", examples, what="all", start="fresh", steps=8, tokenizer=byte_tokenizer(kind), max_length=16
         )

@@ -292,3 +292,27 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_step_and_saves_nothing(tm
 
 def test_what_training_may_change_are_fields_of_the_config() -> None:
     assert set(TensorPolyConfig.__dataclass_fields__) >= OF_TRAINING
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_tasks_look_like_is_saved_with_them(tmp_path: Path, kind: str) -> None:
+    train(recipe_for(tmp_path, kind))
+    train(transfer_to(tmp_path))
+    model, reader = api.load(tmp_path / "carried" / "transfer" / "composition"), byte_tokenizer(kind)
+    with model.with_similar(["a 1", "b2:", "c"], tokenizer=reader) as guess:
+        pass
+    assert guess.tasks == (*NAMES, "new") and guess.similarity.isfinite().all()
+    assert model.whole["task_features.count"].tolist() == [6, 4, 9, 6]
+    train(recipe_for(tmp_path / "none", kind, train={"batch_size": 3, "signature_batches": 0}))
+    assert not api.load(tmp_path / "none" / "run" / "multitask" / "composition").whole
+
+
+def test_packed_text_is_remembered_as_it_was_trained_on(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    for name in NAMES:
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": name * 60}))
+    train(recipe)
+    model = api.load(tmp_path / "run" / "multitask" / "composition")
+    assert model.whole["task_features.count"].tolist() == [3, 3, 3]
+    with model.with_similar(["bbbb"], tokenizer=byte_tokenizer()) as guess:
+        assert guess.nearest == ("b",)

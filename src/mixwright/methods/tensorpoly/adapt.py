@@ -119,11 +119,12 @@ def adapt(
     training that diverges. On any exception, Ctrl-C included, the model is what it was before.
     """
     began = time.monotonic()
-    if task in task_names(model) or not task.strip():
-        known = ", ".join(task_names(model)[:10])
-        raise ValueError(
-            f"task {task!r} " + ("has no name." if not task.strip() else f"is one of the model's already ({known}).")
-        )
+    if not isinstance(task, str) or not task.strip():  # pyright: ignore[reportUnnecessaryIsInstance]  (a caller's)
+        raise ValueError(f"task {task!r}: expected a name for the new task.")
+    if task in task_names(model):
+        raise ValueError(f"task {task!r} is one of the model's already ({', '.join(task_names(model)[:10])}).")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: expected 1 or more.")
     config = TensorPolyConfig(**model.composition.config)
     plan = _Plan(
         steps=steps if steps is not None else config.transfer_steps,

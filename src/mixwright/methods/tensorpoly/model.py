@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from mixwright.sites import Site, linear_sites
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
-    from mixwright.methods.tensorpoly.adapt import Adaptation
+    from mixwright.methods.tensorpoly.adapt import Adaptation, What
     from mixwright.methods.tensorpoly.shots import Examples
     from mixwright.methods.tensorpoly.similarity import Inputs, Likeness, Texts
 
@@ -204,14 +204,17 @@ class TaskComposedModel(ComposedModel):
 
         return grow_order(self, to, tolerance)
 
-    def adapt(self, task: str, examples: "Examples", **options: Any) -> "Adaptation":
-        """Learn one task more from few examples, in place: `what` learns, from which `start`; see `adapt.adapt`.
+    def adapt(
+        self, task: str, examples: "Examples", what: "What | Literal['auto'] | None" = None, **options: Any
+    ) -> "Adaptation":
+        """Learn one task more from few examples, in place, by `all`, its `router` row or the `experts`: see `adapt`.
 
-        With what="experts" or "all" the earlier tasks change too: save or export first what must stay.
+        With "experts" and "all" the earlier tasks change too: save or export first what must stay. `options`: start,
+        steps, learning_rate, router_learning_rate, folds, seed, tokenizer, labels, batch_size, max_length, quiet.
         """
         from mixwright.methods.tensorpoly.adapt import adapt
 
-        return adapt(self, task, examples, **options)
+        return adapt(self, task, examples, what=what, **options)
 
     def remember(self, task: str, texts: "Texts", **options: Any) -> int:
         """Remember what texts of a task look like, for `with_similar`; saved with the model. See `similarity`."""

@@ -4,16 +4,21 @@ The authors train by Adafactor; here it is AdamW, with their rates, linear decay
 """
 
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
 from mixwright.config import decode
+from mixwright.data.batches import Batches
+from mixwright.data.tasks import Example
 from mixwright.methods.tensorpoly.adapt import adapt
 from mixwright.methods.tensorpoly.config import MATRIX, TensorPolyConfig
 from mixwright.methods.tensorpoly.model import TaskComposedModel, compose
 from mixwright.methods.tensorpoly.objective import objective
+from mixwright.methods.tensorpoly.similarity import remember
+from mixwright.methods.tensorpoly.task_rows import task_routers
 from mixwright.methods.tensorpoly.watch import Watch
 from mixwright.training.fitted import Fitted
 from mixwright.training.job import Job
@@ -24,7 +29,7 @@ CHOOSE_EVERY = 100
 OF_TRAINING = frozenset(
     {"tasks", "seed", "init", "learning_rate", "router_learning_rate", "steps", "warmup", "cooldown", "clip"}
     | {"transfer_learning_rate", "transfer_steps", "transfer", "start", "folds"}
-    | {"mutual_information", "orthogonality", "ibp"}
+    | {"mutual_information", "orthogonality", "sparsity", "ibp"}
 )
 """What may be set anew for a composition that is there already. All else is built into it."""
 
@@ -46,6 +51,7 @@ def stages(config: TensorPolyConfig) -> tuple[Stage, ...]:
             build=lambda backbone, seed, before: _started(backbone, config, seed, before),
             watch=watch.look,
             alarms=watch.alarms,
+            finish=remember_tasks,
         ),
         Stage(
             name="transfer",
@@ -62,6 +68,7 @@ def stages(config: TensorPolyConfig) -> tuple[Stage, ...]:
             data="new_tasks",
             build=lambda backbone, seed, before: _trained(config, before),
             own_way=lambda model, job, quiet: _carried_over(model, job, config, quiet),
+            finish=remember_tasks,
         ),
     )
 
@@ -138,3 +145,23 @@ def _carried_over(model: Any, job: Job, config: TensorPolyConfig, quiet: bool) -
         seconds=sum(one.seconds for one in found),
         said="\n".join(map(str, found)),
     )
+
+
+def remember_tasks(model: Any, job: Job) -> None:
+    """Remember what texts of the job's tasks look like, from `train.signature_batches` batches of each; 0: of none."""
+    how = job.recipe.train
+    count = how.signature_batches * how.batch_size
+    if not count or not task_routers(model):
+        return
+    remembered = partial(
+        remember, model, tokenizer=job.tokenizer, batch_size=how.batch_size, max_length=job.recipe.data.max_length
+    )
+    data = job.data
+    for number, name in enumerate(data.tasks if data is not None else ()):
+        assert data is not None
+        rows = [row for row in data.examples if row[0] == number][:count]
+        texts = [row.text for _, row in rows if isinstance(row, Example)]  # an answer is not known when it is asked for
+        remembered(name, texts or Batches(rows, data.collate, batch_size=how.batch_size, seed=0))
+    for name, task in job.new_tasks.items():
+        if name in model.tasks:
+            remembered(name, task, limit=count)
