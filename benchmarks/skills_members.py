@@ -13,7 +13,6 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.skills_world import Examples
 from mixwright.composition.mixture import Mixture
-from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
 from mixwright.experts.base import AbstractExperts
 from mixwright.experts.factored import AbstractFactored
@@ -26,8 +25,8 @@ from mixwright.routers.base import AbstractRouter
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.task import AbstractTaskRouter, TaskLogits, TaskRouter
 from mixwright.routing import Condition, Routing
-from mixwright.training.fit import fit
-from mixwright.training.stage import ParamGroup, Stage
+from mixwright.training.optimizers import make_optimizers, set_rate
+from mixwright.training.stage import ParamGroup, Stage, select_parameters
 
 What = Literal["all", "z", "mu"]
 """What a new task trains: experts and its row of Z, that row alone, or the experts under uniform routing."""
@@ -115,28 +114,46 @@ def _router(config: TensorPolyConfig, tasks: int, draw: torch.Generator) -> Abst
     return TaskLogits(first_logits((tasks, latent) if apart is None else (tasks, apart, latent), draw))
 
 
-def train(layer: TaskLayer, data: Examples, steps: int, lr: float | None, router_lr: float | None) -> TaskLayer:
-    """The published schedule by the library's loop, every example in every step; None leaves experts or Z frozen."""
+def train(
+    layer: TaskLayer, data: Examples, steps: int, lr: float | None, router_lr: float | None, cooldown: float = 0.94
+) -> TaskLayer:
+    """The published schedule (or another cooldown), every example in every step; None leaves experts or Z frozen.
+
+    These are the updates of `mixwright.training.fit`, to the bit, without what it does for safety and many processes.
+    """
     groups: list[ParamGroup] = []
     if lr is not None:
         groups.append(ParamGroup(select=("*.experts.*",), lr=lr))
     if router_lr is not None and any(True for _ in layer.router.parameters()):
         groups.append(ParamGroup(select=("*.router.*",), lr=router_lr))
-    stage = Stage(
-        name="skills", groups=tuple(groups), steps=steps, objective=squared, warmup=0.06, cooldown=0.94, clip=None
-    )
+    stage = Stage(name="skills", groups=tuple(groups), steps=steps, warmup=0.06, cooldown=cooldown, clip=None)
+    chosen, batch = select_parameters(layer.train().requires_grad_(False), stage.groups), as_batch(data)
+    for parameter in (parameter for group in chosen for parameter in group.values()):
+        parameter.requires_grad_(True)
+    optimizers = make_optimizers(layer, stage, chosen)
+    for step in range(steps):
+        set_rate(optimizers, stage.rate(step))
+        (squared(layer, batch) / batch.weight).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return layer.requires_grad_(False).eval()
+
+
+def as_batch(data: Examples) -> Batch:
+    """One row for each task."""
     rows = data.x.shape[0] * data.x.shape[1]
-    batch = Batch("encoder", {"x": data.x}, data.y, rows, task_ids=torch.arange(len(data.x)))
-    fit(layer, stage, Batches([batch], lambda batches: batches[0], batch_size=1, seed=0))
-    return layer.eval()
+    return Batch("encoder", {"x": data.x}, data.y, rows, task_ids=torch.arange(len(data.x)))
 
 
 def squared(model: Any, batch: Batch) -> Tensor:
-    """The summed squared error. Tasks side by side share nothing, and Adam's steps do not depend on the loss's scale."""
+    """The summed squared error. Side by side tasks share nothing: Adam's steps do not depend on the loss's scale."""
     return mse_loss(model(batch.inputs["x"], batch.task_ids), batch.targets, reduction="sum")
 
 
-def transfer(layer: TaskLayer, member: Member, what: What, shots: Examples, steps: int, lr: float, seed: int) -> TaskLayer:
+def transfer(
+    layer: TaskLayer, member: Member, what: What, shots: Examples, steps: int, lr: float, seed: int
+) -> TaskLayer:
     """New tasks side by side, each from its own few shots and a fresh row of Z; `layer` stays as it is.
 
     `lr` is that of the experts, and of Z where Z alone is trained.
@@ -200,7 +217,7 @@ def numbers(member: Member, width: int, tasks: int) -> dict[str, int]:
 
 
 def routing_numbers(weights: Tensor) -> dict[str, float]:
-    """Of `(tasks, [positions,] experts)`: entropy of a row and of the mean row over log experts, and a row's largest."""
+    """Of `(tasks, [positions,] experts)`: entropy of a row and of the mean row over log experts; the largest."""
     if weights.shape[-1] == 1:
         return {}
     scale = torch.tensor(float(weights.shape[-1])).log()

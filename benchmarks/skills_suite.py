@@ -78,7 +78,10 @@ CALIBRATION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Members on one kind of world. `rates` of one value is no search; `one_rate` gives Z the experts' rate."""
+    """Members on one kind of world. `rates` of one value is no search; `one_rate` gives Z the experts' rate.
+
+    `steps` in place of the run's, at a `constant_rate` in place of the published schedule: as in the pilot.
+    """
 
     name: str
     members: Sequence[Member]
@@ -87,6 +90,8 @@ class Exam:
     rates: Sequence[float] = GRID
     one_rate: bool = False
     few_shot: Sequence[Member] = ()
+    steps: int | None = None
+    constant_rate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +114,11 @@ def exams(quick: bool) -> tuple[Exam, ...]:
     size, pilot = Size(skill_rank=1, width=144), Size(num_skills=4, parts=(2,))
     tensors = (FIRST, SECOND, ENTANGLED_2, ENTANGLED_3)
     return (
-        Exam(name="calibration", members=CALIBRATION, size=pilot, column_rank=16, rates=(3e-3,)),
         Exam(name="plain", members=(*FAMILY, *FOURTH, *LARGER), size=size, column_rank=12,
              few_shot=(*FAMILY[:8], ENTANGLED_3, LARGER[1])),
         Exam(name="separable", members=(LORA, POLY, TLORA, *tensors), size=size, column_rank=1),
+        Exam(name="calibration", members=CALIBRATION, size=pilot, column_rank=16, rates=(3e-3,),
+             steps=1200, constant_rate=True),
         Exam(name="one learning rate", members=(POLY, FIRST, ENTANGLED_3), size=size, column_rank=12, one_rate=True),
         Exam(name="between", members=tensors, size=size, column_rank=3),
     )  # fmt: skip
@@ -123,10 +129,10 @@ def measure(exam: Exam, one: Member, run: Run, say: Callable[[str], None]) -> di
     size, began = exam.size, time.process_time()
     tuning = make_world(TUNING_SEED, exam.column_rank, size)
     found: dict[float, tuple[float, TaskLayer]] = {}
-    for lr in exam.rates:
+    for lr in exam.rates if len(exam.rates) > 1 else ():
         layer = multitask(exam, one, tuning, run, lr, TUNING_SEED)
         found[lr] = (float(errors(layer, tuning.train.validation).mean()), layer)
-    rate = min(found, key=lambda lr: found[lr][0])
+    rate = min(found, key=lambda lr: found[lr][0], default=exam.rates[0])
     result: dict[str, Any] = {
         "settings": {**one.settings, "private": one.private}, "budget": one.budget,
         "numbers": numbers(one, size.width, size.train_tasks),
@@ -154,7 +160,8 @@ def measure(exam: Exam, one: Member, run: Run, say: Callable[[str], None]) -> di
 def multitask(exam: Exam, one: Member, world: World, run: Run, lr: float, seed: int) -> TaskLayer:
     """The first stage."""
     layer = fresh(one, exam.size.width, exam.size.train_tasks, seed)
-    return train(layer, world.train.train, run.steps, lr, lr if exam.one_rate else ROUTER_LR)
+    steps, cooldown = exam.steps or run.steps, 0.0 if exam.constant_rate else 0.94
+    return train(layer, world.train.train, steps, lr, lr if exam.one_rate else ROUTER_LR, cooldown)
 
 
 def few_shot(
@@ -164,7 +171,9 @@ def few_shot(
 
     def error(world: World, layer: TaskLayer, what: Any, shots: int, lr: float, seed: int) -> float:
         given = world.held_out.train.first(shots)
-        return float(errors(transfer(layer, one, what, given, run.transfer_steps, lr, seed), world.held_out.test).mean())
+        return float(
+            errors(transfer(layer, one, what, given, run.transfer_steps, lr, seed), world.held_out.test).mean()
+        )
 
     for what in one.transfers:
         for shots in tuning[0].shots:

@@ -1,8 +1,8 @@
 """Linear tasks composed of latent skills: y = x W_t + noise, W_t the mean of a few shared low-rank skills.
 
-A skill is a sum of `skill_rank` outer products a b^T. `column_rank` says how far a and b are from tensor products: read
-as a square, each is a matrix of that rank. At 1 every skill is a sum of Kronecker products of vectors (separable), which
-one tensor product of leaves can hold; at the square's full rank it is an ordinary low-rank skill.
+A skill is a sum of `skill_rank` outer products a b^T. `column_rank` says how far a and b are from tensor products:
+read as a square, each is a matrix of that rank. At 1 every skill is a sum of Kronecker products of vectors (separable),
+which one tensor product of leaves can hold; at the square's full rank it is an ordinary low-rank skill.
 """
 
 import math
