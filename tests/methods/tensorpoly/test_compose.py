@@ -213,3 +213,31 @@ def test_settling_leaves_nothing_open_and_settles_once() -> None:
         assert settled.settled() == settled
     assert TensorPolyConfig(init="released").settled().norm == "pair"
     assert TensorPolyConfig(init="released", experts="poly").settled().norm == "none"
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "bart"])
+@pytest.mark.parametrize("kind", ["mhr", "tensorpoly-1", "entangled"])
+def test_beams_over_mixed_tasks_are_each_tasks_own_beams(kind: str, family: str) -> None:
+    model = awake(composed(kind, family)).eval()
+    words = (example_inputs(model.backbone, 5) or {})["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 5}
+    with model.with_task(["sentiment", "nli"]):
+        together = model.generate(words, **options)
+    assert torch.equal(model.generate(words, task_ids=torch.tensor([2, 0]), **options), together)
+    for row, task in enumerate(("sentiment", "nli")):
+        with model.with_task(task):
+            alone = model.generate(words[row : row + 1], **options)
+        assert torch.equal(alone, together[2 * row : 2 * row + 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_backbone_keeps_wide_leaves_and_its_own_answers(dtype: torch.dtype) -> None:
+    want = first(tiny_backbone("llama").to(dtype))
+    model = mw.compose("tensorpoly", backbone=tiny_backbone("llama").to(dtype), tasks=TASKS, order=4, init="matched")
+    with model.with_task("nli"):  # type: ignore[operator]
+        assert torch.equal(first(model), want)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    near = mw.compose("tensorpoly", backbone=tiny_backbone("llama").to(dtype), tasks=TASKS, order=4, init="released")
+    with near.with_task("nli"), torch.no_grad():  # type: ignore[operator]
+        down, _ = next(iter(near.mixtures.values())).experts.factors(torch.full((1, 8), 1 / 8))  # type: ignore[operator]
+    assert (down != 0).all(), "no product underflows"

@@ -23,6 +23,7 @@ from mixwright.backbones.hf import provenance
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import called_sites, probe
+from mixwright.config import decode
 from mixwright.methods.tensorpoly.config import METHOD, TensorPolyConfig
 from mixwright.methods.tensorpoly.counting import Cost, count
 from mixwright.methods.tensorpoly.initial import Draw, check_alive, first_factors, first_logits
@@ -162,6 +163,29 @@ class TaskComposedModel(ComposedModel):
             else:
                 table[path] = router.get_buffer("weights").expand(len(self.tasks), -1)
         return table
+
+    @property
+    def settings(self) -> TensorPolyConfig:
+        """The config that the model was composed with, or has grown to."""
+        return decode(TensorPolyConfig, self.composition.config, where="composition.config")
+
+    def grow_terms(self, num_latent: int, seed: int = 0) -> None:
+        """More latent experts, in place, the same answers: see `growth.grow_terms`. Make a new optimiser afterwards."""
+        from mixwright.methods.tensorpoly.growth import grow_terms
+
+        grow_terms(self, num_latent, seed)
+
+    def grow_router(self, tasks: Sequence[str] | None = None) -> None:
+        """Weights per task for TLoRA or LoRA, in place, the same answers: see `growth.grow_router`."""
+        from mixwright.methods.tensorpoly.growth import grow_router
+
+        grow_router(self, tasks)
+
+    def grow_order(self, to: str = "entangled", tolerance: float = 1e-6) -> float:
+        """Weights per order position for TensorPoly-I, in place: see `growth.grow_order`."""
+        from mixwright.methods.tensorpoly.growth import grow_order
+
+        return grow_order(self, to, tolerance)
 
     def cost(self) -> Cost:
         """How many numbers are stored, trained, and merged for one task."""
