@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ LARGER = (
     member("Poly r=4", "poly", "9216", rank=4),
     member("TensorPoly-I R=12", "tensorpoly-1", "9216", num_latent=12),
     member("entangled G=6", "entangled", "9216", groups=6, num_latent=2),
+    member("entangled G=4", "entangled", "9216", groups=4, num_latent=3),
 )
 FOURTH = (
     member("TensorPoly-I N=4", "tensorpoly-1", "4480", num_latent=10, order=4, factorization="exact"),
@@ -120,7 +121,9 @@ def exams(quick: bool) -> tuple[Exam, ...]:
         Exam(name="calibration", members=CALIBRATION, size=pilot, column_rank=16, rates=(3e-3,),
              steps=1200, constant_rate=True),
         Exam(name="one learning rate", members=(POLY, FIRST, ENTANGLED_3), size=size, column_rank=12, one_rate=True),
-        Exam(name="between", members=tensors, size=size, column_rank=3),
+        Exam(name="between", members=(LORA, POLY, *tensors), size=size, column_rank=3),
+        Exam(name="seen compositions", members=(LORA, POLY, FIRST), size=replace(size, seen=True), column_rank=12,
+             few_shot=(LORA, POLY, FIRST)),
     )  # fmt: skip
 
 
@@ -207,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("build/benchmarks/skills_suite"))
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--exams", nargs="+", help="measure only these, for the cache; nothing is written")
+    parser.add_argument("--members", nargs="+", help="and of these only the members of these names")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -214,8 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Any]:
     out = args.out or Path(f"{'build/benchmarks' if args.quick else 'benchmarks/results'}/skills_suite.json")
     cache = args.cache.with_name("skills_suite_quick") if args.quick else args.cache
     started, chosen = time.process_time(), exams(args.quick)
-    cells = [(exam, one) for exam in chosen for one in exam.members]
     results: dict[str, Any] = {exam.name: {} for exam in chosen}
+    cells = [(exam, one) for exam in chosen for one in exam.members if exam.name in (args.exams or results)]
+    cells = [(exam, one) for exam, one in cells if one.name in (args.members or [one.name])]
     for at, (exam, one) in enumerate(cells):
         kept = cache / f"{exam.name} {one.name}.json".replace(" ", "_").replace(",", "")
         if not kept.exists():
@@ -223,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Any]:
             write_json(kept, measure(exam, one, run, lambda text, began=began: print(began, text, flush=True)))
         results[exam.name][one.name] = json.loads(kept.read_text())
         print(f"    held-in {results[exam.name][one.name]['held_in']}", flush=True)
+    if args.exams or args.members:
+        return results
     results["all_zero"] = all_zero(chosen[-1], run)
     spent = sum(one["cpu_seconds"] for exam in chosen for one in results[exam.name].values())
     settings = {"seeds": list(run.seeds), "steps": run.steps, "transfer_steps": run.transfer_steps}

@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How many of everything. Compositions are all sets of `parts` skills; where there are too few, they repeat."""
+    """How many of everything. Compositions are all sets of `parts` skills; where there are too few, they repeat.
+
+    `seen`: the held-out tasks are training compositions again, with new examples.
+    """
 
     width: int = 256
     num_skills: int = 6
@@ -27,6 +30,7 @@ class Size:
     shots: tuple[int, ...] = (4, 8, 16, 64)
     test_examples: int = 256
     noise: float = 0.05
+    seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,11 @@ def make_world(seed: int, column_rank: int, size: Size) -> World:
     compositions = [sets[at] for at in order[:wanted]]
     weights = torch.stack([skills[list(chosen)].mean(0) for chosen in compositions])
     weights = weights / weights[: size.train_tasks].square().sum(1).mean().sqrt()
-    cut = size.train_tasks
+    cut, first = size.train_tasks, 0 if size.seen else size.train_tasks
+    held_out = slice(first, first + size.held_out_tasks)
     return World(
         _tasks(compositions[:cut], weights[:cut], size.examples, size, draw),
-        _tasks(compositions[cut:], weights[cut:], max(size.shots), size, draw),
+        _tasks(compositions[held_out], weights[held_out], max(size.shots), size, draw),
         size.shots,
     )
 
