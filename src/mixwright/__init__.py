@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mixwright.api import compose, evaluate, load, train
+    from mixwright.api import compose, evaluate, from_peft_poly, load, train
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "compose",
     "evaluate",
+    "from_peft_poly",
     "load",
     "train",
 ]
@@ -45,6 +46,7 @@ _HOMES = {
     "SupportSet": "routing",
     "compose": "api",
     "evaluate": "api",
+    "from_peft_poly": "api",
     "load": "api",
     "train": "api",
 }

@@ -1,6 +1,7 @@
 """The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from mixwright.evaluation.evaluate import evaluate as score
 from mixwright.evaluation.quality import measure_quality
 from mixwright.evaluation.systems import members
 from mixwright.evaluation.table import Table
-from mixwright.evaluation.tasks import NAMES, chosen_systems, file_tasks
+from mixwright.evaluation.tasks import chosen_systems, default_systems, file_tasks
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
+from mixwright.training.compositions import check_composition, train_composition, with_task_names
+from mixwright.training.experts import check_expert, open_shelf, train_expert
 from mixwright.training.job import open_job
-from mixwright.training.run import TrainingReport, run_stages
-from mixwright.training.sign import sign_job, signature_of
+from mixwright.training.run import Request, TrainingReport
+from mixwright.training.sign import sign_expert, signature_of
+from mixwright.training.sources import read_texts
 
 
 def compose(
@@ -53,7 +57,10 @@ def train(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> TrainingReport:
-    """Train an expert as a recipe (a value, a mapping, or a YAML file) says, and put it into the recipe's catalogue.
+    """Train as a recipe (a value, a mapping, or a YAML file) says.
+
+    A method that trains experts puts one into the recipe's catalogue. One that trains compositions saves what each
+    stage comes to in `output_dir/<stage>/composition`, for `load`; its stages are those whose data the recipe has.
 
     `stage` runs one of the method's stages alone. `resume` goes on where the same run was cut off, to the same weights.
     `force` continues a run in spite of changed settings or, without `resume`, starts it over. `dry_run` opens and
@@ -62,10 +69,12 @@ def train(
     Raises ValueError for a fault in the recipe or the data (key, or file and line), CatalogError for a refusal.
     """
     settings = _recipe(recipe)
-    if settings.catalog is None:
-        raise ValueError("recipe.catalog: missing; training needs the folder that the expert is put into.")
     card = load_method(settings.method)
+    if card.trains == "composition":
+        settings = with_task_names(_with_stored_config(settings), card.config)
     stages = card.stages(configuration.decode(card.config, settings.config, where="recipe.config"))
+    (check_composition if card.trains == "composition" else check_expert)(settings)
+    texts = read_texts(settings.data)
     source = settings.backbone
     backbone = load_backbone(
         source.path,
@@ -75,10 +84,14 @@ def train(
         device_map=source.device_map,
     )
     tokenizer = load_tokenizer(source.path, revision=source.revision)
-    job = open_job(settings, backbone, tokenizer, Catalog(settings.catalog, backbone))
-    report = run_stages(job, stages, only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    job = open_job(settings, texts, backbone, tokenizer)
+    request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    if card.trains == "composition":
+        return train_composition(job, stages, lambda folder, base: artifact.load(folder, backbone=base), request)
+    shelf = open_shelf(settings, backbone)
+    report = train_expert(job, shelf, stages, request)
     if not dry_run and stage in (None, stages[-1].name):
-        sign_job(job)
+        sign_expert(job, shelf)
     return report
 
 
@@ -94,12 +107,34 @@ def load(
     return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
 
 
+def from_peft_poly(
+    folder_or_repo: str | Path,
+    *,
+    backbone: nn.Module | str | Path,
+    tasks: Sequence[str] | None = None,
+    revision: str | None = None,
+    noise: bool = True,
+    confirm_base: bool = False,
+) -> ComposedModel:
+    """The model that PEFT makes of a Poly or MHR adapter, with equal outputs, on its backbone.
+
+    `backbone`: a model, a folder or a hub id. `tasks` names the rows of its router, in order; else they are task-0,
+    task-1, ... In training PEFT always draws noise, and so does this model; `noise=False` trains on without. See
+    `methods.tensorpoly.peft_poly` for what is refused.
+    """
+    from mixwright.methods.tensorpoly.peft_poly import from_peft_poly as read
+
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    return read(folder_or_repo, base, tasks, revision=revision, noise=noise, confirm_base=confirm_base)
+
+
 def evaluate(
     model: ComposedModel,
     data: str | Path | Sequence[str | Path],
     *,
     tokenizer: Any = None,
-    systems: Sequence[str] = NAMES,
+    systems: Sequence[str] | None = None,
+    of_tasks: Sequence[str | int] | None = None,
     batch_size: int = 16,
     max_length: int = 512,
     limit: int | None = None,
@@ -108,13 +143,18 @@ def evaluate(
     """The backbone, each expert, merges, baselines and the routed model on the same examples, with one model in memory.
 
     `data`: JSONL files, folders or hub ids, one task each. `tokenizer`: the one beside the backbone unless given.
+    `systems`: all that the experts allow unless given. `of_tasks`: for a model that is routed by task, the tasks it
+    knows that the files are of, one for each or one for all; the files' own names unless given.
     """
     sources = [data] if isinstance(data, str | Path) else data
     reader = tokenizer or _tokenizer(model)
     files = [str(source) for source in sources]
-    tasks = file_tasks(model, reader, files, batch_size=batch_size, max_length=max_length, limit=limit)
-    table = score(model, tasks, chosen_systems(model, systems, seed=seed), seed=seed)
-    return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in systems else table
+    names = default_systems(model) if systems is None else systems
+    tasks = file_tasks(
+        model, reader, files, batch_size=batch_size, max_length=max_length, limit=limit, of_tasks=of_tasks
+    )
+    table = score(model, tasks, chosen_systems(model, names, seed=seed), seed=seed)
+    return table.with_best_experts([model.experts[at] for at in members(model)]) if "experts" in names else table
 
 
 def measure(
@@ -179,6 +219,19 @@ def _tokenizer(model: ComposedModel) -> Any:
     if not path:
         raise ValueError("the backbone was built in memory and has no tokenizer beside it; give tokenizer=.")
     return load_tokenizer(path, revision=model.composition.backbone.get("revision"))
+
+
+def _with_stored_config(recipe: Recipe) -> Recipe:
+    """A recipe that starts from a composition has the config it was saved with, as far as it gives no other."""
+    if recipe.composition is None:
+        return recipe
+    stored = artifact.stored_at(recipe.composition)
+    if stored.method != recipe.method:
+        raise ValueError(
+            f"recipe.composition: {recipe.composition} was composed by {stored.method}, and recipe.method is "
+            f"{recipe.method}."
+        )
+    return replace(recipe, config={**stored.config, **recipe.config})
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

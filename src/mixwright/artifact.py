@@ -62,6 +62,12 @@ def load(
     return composed
 
 
+def stored_at(folder_or_repo: str | Path, revision: str | None = None) -> StoredComposition:
+    """What a saved composition says of itself. Raises CatalogError: PATH, CONFIG, VERSION."""
+    folder = fetch(folder_or_repo, revision, (COMPOSITION, ADDED, LOCK))
+    return read_composition(folder, str(folder_or_repo))
+
+
 def read_composition(folder: Path, name: str) -> StoredComposition:
     """`composition.yaml`, strictly. Raises CatalogError: PATH, CONFIG, VERSION."""
     data = _read(folder, COMPOSITION, name)

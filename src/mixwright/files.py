@@ -150,6 +150,25 @@ def replace_folder(staging: Path, final: Path) -> None:
         _sync(staging.parent)
 
 
+@contextlib.contextmanager
+def staged_folder(final: Path, *, replace: bool = False) -> Generator[Path, None, None]:
+    """A folder to write into, which takes the name `final` at one instant when the block ends well, and else is gone.
+
+    `final` must be new or empty, unless it is to be replaced. Raises CatalogError (PATH) for one that is in use.
+    """
+    final = final.absolute()
+    if not replace and final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CatalogError("PATH", str(final), "this is in use; give a new or empty folder.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        (replace_folder if replace else publish_folder)(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def withdraw_folder(folder: Path, aside: Path) -> None:
     """Take a folder out of sight at one instant by moving it to `aside`, so that a power cut cannot bring it back."""
     with room_for(folder, 0):

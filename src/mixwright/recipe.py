@@ -10,6 +10,9 @@ data: {train: law.jsonl, validation: law-held-out.jsonl}
 train: {batch_size: 16}
 config: {rank: 16, top_k: 2}     # the method's own settings: `mixwright schema phatgoose`
 ```
+
+A method that trains a whole composition needs no catalogue and no expert; it may learn many tasks together
+(`data: {tasks: {law: data/law, code: code.jsonl}}`) and start from what was saved before (`composition: FOLDER`).
 """
 
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ from annotated_types import Ge, Gt
 from mixwright.config import decode, override, read_yaml
 
 Count = Annotated[int, Gt(0)]
+Source = str | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +62,22 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text an expert is trained and judged on. Each split is a JSONL file, several of them, or a hub data set."""
+    """The text that is trained and judged on. Each split is a JSONL file, several of them, or a hub data set."""
 
-    train: str | tuple[str, ...] | None = None
+    train: Source | None = None
     """Training examples."""
-    validation: str | tuple[str, ...] | None = None
-    """Held-out examples on which settings and checkpoints are chosen."""
-    test: str | tuple[str, ...] | None = None
+    tasks: dict[str, Source] | None = None
+    """Several tasks to be learned together, by name, in place of `train`. A folder has splits `train.jsonl` and, where
+    checkpoints are to be chosen, `validation.jsonl`; `task.json` names its labels."""
+    new_tasks: dict[str, Source] | None = None
+    """Tasks with few examples to which a trained composition is carried over, by name."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """A task's share of a mixture is proportional to its size to the power 1 / this: 1 is by size, large is uniform."""
+    size_cap: Count | None = None
+    """A task counts as no larger than this when shares are given out; None: no cap."""
+    validation: Source | None = None
+    """Held-out examples on which settings and checkpoints are chosen; those of `tasks` lie in their folders."""
+    test: Source | None = None
     """Examples that only the final score sees."""
     format: Literal["auto", "prompt", "text", "label"] = "auto"
     """Keys of an example: prompt and completion, text, or text and label; auto looks at the first one."""
@@ -73,10 +86,10 @@ class DataConfig:
     max_target_length: Count | None = None
     """Tokens of the target that are kept, for sequence-to-sequence models; None is `max_length`."""
     limit: Count | None = None
-    """Examples that are read of each split; None is all."""
+    """Examples that are read of each split, or of each task's; None is all."""
     labels: tuple[str, ...] | None = None
     """Texts of the labels, in the order of their numbers; None takes those that occur."""
-    general: str | tuple[str, ...] | None = None
+    general: Source | None = None
     """General text on which an expert's harm is measured."""
 
 
@@ -95,7 +108,8 @@ class TrainConfig:
     log_every: Count = 10
     """Optimiser steps between lines of the log."""
     signature_batches: Annotated[int, Ge(0)] = 16
-    """Training batches from which the expert's signature is taken after the last stage; 0 leaves none."""
+    """Training batches from which the expert's signature, or what each task's texts look like, is taken after
+    training; 0 leaves none."""
     tracker: str | None = None
     """A tracker that accelerate knows (tensorboard, wandb, trackio); None sends nothing anywhere."""
 
@@ -115,7 +129,9 @@ class Recipe:
     seed: Annotated[int, Ge(0)] = 0
     """Where all randomness starts."""
     expert: ExpertConfig | None = None
-    """The expert that `train` makes."""
+    """The expert that `train` makes, for methods that train experts one at a time."""
+    composition: str | None = None
+    """A saved composition (a folder or a hub id) from which training starts, for methods that train compositions."""
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
     train: TrainConfig = field(default_factory=TrainConfig)

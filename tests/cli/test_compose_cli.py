@@ -81,6 +81,7 @@ def test_says_what_was_composed_and_what_comes_next(shelf: Path, tmp_path: Path)
     ("arguments", "message"),
     [
         (("--output", "x"), "nothing to compose: give --backbone and --catalog"),
+        (("--method", "tensorpoly", "--output", "x"), "nothing to compose: give --backbone, or"),
         (("--backbone", "b", "--catalog", "c"), "say where the composition goes"),
         (("--backbone", "b", "--catalog", "c", "-o", "x", "--set", "topk"), "KEY=VALUE"),
     ],
@@ -88,6 +89,21 @@ def test_says_what_was_composed_and_what_comes_next(shelf: Path, tmp_path: Path)
 def test_refuses_half_a_question(arguments: tuple[str, ...], message: str) -> None:
     result = invoke("compose", *arguments)
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_a_method_with_experts_of_its_own_needs_no_catalogue(shelf: Path, tmp_path: Path) -> None:
+    settings = ("--set", "tasks=[nli, sentiment]", "--set", "num_latent=3")
+    options = ("--method", "tensorpoly", "--backbone", shelf / "base", "-o", tmp_path / "out", "--json")
+    result = invoke("compose", *options, *settings)
+    assert result.exit_code == 0, (result.output, result.exception)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: tensorpoly\nbackbone: {shelf / 'base'}\noutput_dir: {tmp_path / 'out'}\nconfig: {{num_latent: 3}}\n"
+        "data: {tasks: {nli: nli.jsonl, sentiment: sentiment.jsonl}}\n"
+    )
+    assert invoke("compose", recipe, "--json").stdout == result.stdout, "the recipe that it is trained by"
+    facts = json.loads(result.stdout)
+    assert facts["experts"] == ["latent-0", "latent-1", "latent-2"] and facts["config"]["tasks"] == ["nli", "sentiment"]
 
 
 def test_refuses_a_setting_that_the_method_does_not_have(shelf: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from mixwright.cli import build
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.experts.lora import LoraExperts
+from mixwright.experts.poly import PolyExperts
 from mixwright.routers.gate import PrototypeScores
+from mixwright.routers.task import TaskLogits
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites
 
@@ -105,6 +107,72 @@ def test_explain_refuses_a_file_that_is_no_text(folder: Path) -> None:
     (folder / "bytes").write_bytes(b"\xff\xfe\x00")
     result = invoke("explain", folder, "--file", folder / "bytes")
     assert isinstance(result.exception, ValueError) and "no UTF-8 text" in str(result.exception)
+
+
+@pytest.fixture
+def multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that opens as a composition routed by task."""
+    byte_tokenizer("causal").save_pretrained(tmp_path / "base")
+
+    def load(path: Path, backbone: Any = None) -> ComposedModel:
+        made = torch.Generator().manual_seed(0)
+        model = tiny_backbone("llama", num_hidden_layers=1)
+        mixtures = {
+            path: Mixture(
+                model.get_submodule(path),
+                TaskLogits(2 * torch.randn(2, 4, generator=made)),
+                PolyExperts(
+                    torch.randn(4, 1, site.d_in, generator=made), torch.randn(4, 1, site.d_out, generator=made)
+                ),
+            )
+            for path, site in linear_sites(model).items()
+            if path.endswith("q_proj")
+        }
+        home = backbone or str(path / "base")
+        described = Composition(method="poly", config={"tasks": ["mood", "to[b]pic"]}, backbone={"path": home})
+        return ComposedModel(model, mixtures, tuple("abcd"), described)
+
+    monkeypatch.setattr("mixwright.api.load", load)
+    return tmp_path
+
+
+def test_explain_without_a_text_shows_a_model_routed_by_task(multitask: Path) -> None:
+    result = invoke("explain", multitask)
+    assert result.exit_code == 0, result.output
+    assert "2 tasks, 4 latent experts in each of 1 layers" in result.output and "to[b]pic" in result.output
+    assert "Milliseconds" not in result.output
+    page = multitask / "tasks.html"
+    result = invoke("explain", multitask, "--output", page, "--measure")
+    assert result.exit_code == 0 and "wrote" in result.output and "2 tasks" not in result.output
+    written = page.read_text("utf-8")
+    assert "to[b]pic" in written and f"mixwright explain {multitask.name} --measure" in written
+
+
+def test_explain_prints_the_routing_by_task_as_json(multitask: Path) -> None:
+    found = json.loads(invoke("explain", multitask, "--json").output)
+    assert found["tasks"] == ["mood", "to[b]pic"] and found["times"] is None and found["alarms"] == []
+    assert sum(found["layers"][0]["share"][0][0]) == pytest.approx(1.0, abs=1e-4)
+    assert json.loads(invoke("explain", multitask, "--json", "--measure").output)["times"]["train"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", TEXT), "routed by task: every token of a text gets the same"),
+        (("--text", TEXT, "--measure"), "--measure times a model routed by task, without a text"),
+        (("--without", "a"), "--target and --without go with a text"),
+    ],
+)
+def test_explain_refuses_a_text_for_a_model_routed_by_task(
+    multitask: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = invoke("explain", multitask, *arguments)
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_explain_measures_no_other_model(folder: Path) -> None:
+    result = invoke("explain", folder, "--measure")
+    assert isinstance(result.exception, ValueError) and "give one of --text" in str(result.exception)
 
 
 @pytest.mark.parametrize("folder", ["llama", "t5"], indirect=True)

@@ -1,5 +1,6 @@
 """A pool of random experts on any backbone, composed by hand: every site, token routing, mixed ranks and targets."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
+from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.lora import LoraExperts
+from mixwright.experts.poly import PolyExperts
+from mixwright.experts.tensor import OrderedTensorExperts, TensorExperts
+from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import PrototypeScores
+from mixwright.routers.task import TaskLogits
 from mixwright.routers.token import TokenRouter
 from mixwright.sites import linear_sites, target_sites
 
@@ -85,3 +91,55 @@ def pool_of() -> Callable[..., Pool]:
 @pytest.fixture
 def composed() -> Callable[..., ComposedModel]:
     return compose_pool
+
+
+TASK_KINDS = ("lora", "poly", "mhr", "tlora", "tensorpoly-1", "tensorpoly-2", "entangled")
+
+
+def experts_of(kind: str, d_in: int, d_out: int, latent: int, rank: int, draw: torch.Generator) -> AbstractFactored:
+    """Random experts of a kind, large enough to be seen."""
+    if kind in ("lora", "poly", "mhr"):
+        latent = 1 if kind == "lora" else latent
+        down = torch.randn(latent, rank, d_in, generator=draw) * 0.2
+        return PolyExperts(
+            down, torch.randn(latent, rank, d_out, generator=draw) * 0.3, heads=4 if kind == "mhr" else 1
+        )
+    groups = {"tensorpoly-2": (1,), "entangled": (3,)}.get(kind, ())
+
+    def leaves(width: int) -> list[Tensor]:
+        size = (latent, *groups, rank, math.isqrt(width - 1) + 1)
+        return [torch.randn(size, generator=draw) * 0.5 for _ in range(2)]
+
+    made = OrderedTensorExperts if groups else TensorExperts
+    return made(leaves(d_in), leaves(d_out), d_in, d_out)
+
+
+def compose_by_task(
+    backbone: nn.Module,
+    kind: str = "tensorpoly-1",
+    tasks: int = 3,
+    *,
+    latent: int = 3,
+    rank: int = 4,
+    seed: int = 0,
+    targets: Sequence[str] = ("all-linear",),
+    noise: bool = False,
+) -> ComposedModel:
+    """Latent experts of a kind on the backbone, chosen by task with random logits."""
+    draw = torch.Generator().manual_seed(seed)
+    mixtures: dict[str, Mixture] = {}
+    for path in target_sites(backbone, targets):
+        site = linear_sites(backbone)[path]
+        experts = experts_of(kind, site.d_in, site.d_out, latent, rank, draw)
+        positions = () if experts.positions is None else (experts.positions,)
+        logits = torch.randn(tasks, *positions, experts.num_experts, generator=draw) * 2
+        router = TaskLogits(logits, noise=noise) if kind != "tlora" else ConstantRouter(torch.ones(latent))
+        mixtures[path] = Mixture(backbone.get_submodule(path), router, experts)
+    pool = tuple(f"latent-{i}" for i in range(experts.num_experts))
+    composition = Composition(method="by-hand", backbone={"path": "somewhere/tiny"}, citation="@misc{none}")
+    return ComposedModel(backbone, mixtures, pool, composition)
+
+
+@pytest.fixture
+def by_task() -> Callable[..., ComposedModel]:
+    return compose_by_task

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixwright import artifact
+from mixwright import artifact, files
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.composition import saving
 from mixwright.composition.inputs import example_inputs
@@ -146,7 +146,7 @@ def test_never_half_written(step: str, make: Any, tmp_path: Path, monkeypatch: p
     def fail(*_: object) -> None:
         raise OSError("on purpose")
 
-    monkeypatch.setattr(saving, step, fail)
+    monkeypatch.setattr(files if step == "publish_folder" else saving, step, fail)
     with pytest.raises(OSError, match="on purpose"):
         make().save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

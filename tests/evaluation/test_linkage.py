@@ -14,8 +14,12 @@ def test_a_tree_drawn_by_hand() -> None:
     merges = average_linkage(distances)
     assert merges == [Merge(0, 1, 1.0, 2), Merge(2, 3, 2.0, 2), Merge(5, 6, 9.0, 4), Merge(4, 7, 20.0, 5)]
     assert leaf_order(merges, 5) == [4, 0, 1, 2, 3]
-    assert cut(merges, 5, 3) == [[4], [0, 1], [2, 3]]
-    assert cut(merges, 5, 1) == [[4, 0, 1, 2, 3]] and cut(merges, 5, 9) == [[4], [0], [1], [2], [3]]
+    groups, rest = cut(merges, 5, 3)
+    assert groups == [[4], [0, 1], [2, 3]]
+    assert rest == [Merge(1, 2, 9.0, 4), Merge(0, 3, 20.0, 5)]
+    assert cut(merges, 5, 1) == ([[4, 0, 1, 2, 3]], [])
+    assert cut(merges, 5, 9)[0] == [[4], [0], [1], [2], [3]]
+    assert leaf_order(cut(merges, 5, 9)[1], 5) == list(range(5))
 
 
 @pytest.mark.parametrize("count", [2, 3, 24, 61])
@@ -30,5 +34,5 @@ def test_merges_are_scipys(count: int) -> None:
 
 
 def test_ties_and_single_things() -> None:
-    assert average_linkage(torch.zeros(1, 1)) == [] and leaf_order([], 1) == [0] and cut([], 1, 4) == [[0]]
+    assert average_linkage(torch.zeros(1, 1)) == [] and leaf_order([], 1) == [0] and cut([], 1, 4) == ([[0]], [])
     assert [merge.height for merge in average_linkage(torch.zeros(4, 4))] == [0.0] * 3

@@ -12,8 +12,10 @@ import pytest
 
 from mixwright.report.markup import visible
 from mixwright.report.page import explanation_page
+from mixwright.report.task_page import task_page
 
 from .hand import PIECES, TEXT, explanation
+from .hand_tasks import task_routing
 from .test_page import HOSTILE
 
 BROWSER = next(
@@ -46,8 +48,20 @@ for (const frame of document.querySelectorAll("iframe")) {
   });
   found.resting = page.activeElement.blur() || [...page.querySelectorAll(".tip")].every(
     tip => window.getComputedStyle(tip).display === "none");
-  const token = page.querySelectorAll(".text .tok")[1];
+  const token = page.querySelectorAll(".text .tok")[1] || page.body;
   const colour = () => window.getComputedStyle(token).backgroundColor;
+  found.tree = [...page.querySelectorAll(".tree")].map(tree => {
+    const [names, drawn] = ["ol", "svg"].map(part => tree.querySelector(part).getBoundingClientRect());
+    return {apart: drawn.left >= names.right, rows: names.height, branches: drawn.height, room: drawn.width};
+  });
+  found.squares = [...page.querySelectorAll(".heat")].map(heat => {
+    const ground = heat.querySelector(".ground").getBoundingClientRect(), label = heat.querySelector("use");
+    const strong = heat.querySelector(".o"), box = heat.getBoundingClientRect();
+    const colours = [".o", ".u", ".m"].map(kind => heat.querySelector(kind)).filter(path => path)
+      .map(path => window.getComputedStyle(path).stroke);
+    return {inside: box.right <= root.clientWidth, cell: ground.height / heat.querySelectorAll(".band").length,
+      labelled: label.getBoundingClientRect().width > 10, colours, width: window.getComputedStyle(strong).strokeWidth};
+  });
   found.views = [...page.querySelectorAll("input[name=view]")].map(view => { view.click(); return colour(); });
   found.page = window.getComputedStyle(page.body).backgroundColor;
   report[frame.id] = found;
@@ -121,3 +135,24 @@ def test_nothing_is_wider_than_a_narrow_window(light: dict[str, Any], tmp_path: 
 def test_dark_pages_are_dark(light: dict[str, Any], tmp_path: Path) -> None:
     dark = opened(explanation_page(explanation()), tmp_path, "--blink-settings=preferredColorScheme=0")
     assert light["wide"]["page"] == "rgb(253, 253, 251)" and dark["wide"]["page"] == "rgb(23, 24, 26)"
+
+
+def test_the_page_of_tasks_is_drawn_in_wide_and_narrow_windows(tmp_path: Path) -> None:
+    names = [f"dataset {number // 6}, template {number % 6}" for number in range(24)]
+    seen = opened(task_page(task_routing(names, experts=8, orders=2)), tmp_path)
+    for window, width in (("wide", 1280), ("narrow", 360)):
+        found = seen[window]
+        assert found["scripts"] == 0 and found["ran"] is False and found["scroll"] == found["width"] == width
+        (tree,) = found["tree"]
+        assert tree["apart"] and tree["room"] > 100 and tree["rows"] == pytest.approx(tree["branches"], abs=1)
+        assert len(found["squares"]) == 4 * 4
+        for panel in found["squares"]:
+            assert panel["inside"] and panel["labelled"] and panel["cell"] > 12, panel
+            assert len(set(panel["colours"])) == len(panel["colours"]) > 1 and float(panel["width"].rstrip("px")) < 1
+
+
+def test_hostile_tasks_stay_inside_a_narrow_window(tmp_path: Path) -> None:
+    seen = opened(task_page(task_routing([*HOSTILE, "other"])), tmp_path)
+    for window, width in (("wide", 1280), ("narrow", 360)):
+        assert seen[window]["scroll"] == width
+        assert seen[window]["scripts"] == 0 and seen[window]["ran"] is False

@@ -165,3 +165,58 @@ def test_each_kind_learns_its_toy_task(
     rule = Stage(name="all", groups=(ParamGroup(select=("*",), lr=1e-2),), steps=40, warmup=0.0, optimizer=optimizer)
     fitted = fit(backbone(kind), rule, batches(kind, batch_size=8))
     assert sum(fitted.losses[-5:]) < 0.6 * sum(fitted.losses[:5])
+
+
+class Remembering(Plane):
+    """Keeps what it built from `a` in eval mode for as long as the parameter's version says that nothing changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: tuple[int, float] | None = None
+
+    def doubled(self) -> Tensor:
+        if self.training:
+            return 2 * self.a
+        if self.built is None or self.built[0] != self.a._version:
+            self.built = (self.a._version, 2 * self.a.item())
+        return torch.full_like(self.a, self.built[1])
+
+
+def doubled_loss(model: Remembering, batch: Batch) -> Tensor:
+    return ((model.doubled() - batch.targets.float()) ** 2).sum() + 0 * model.b.sum()
+
+
+def test_whoever_remembers_what_was_built_hears_that_the_best_weights_are_back() -> None:
+    model = Remembering()
+    rule = stage(objective=doubled_loss, choose_every=5, steps=20, warmup=0.0)
+    fitted = fit(model, rule, numbers([2.0]), validation=numbers([-2.0]))
+    assert fitted.best is not None and fitted.best[0] == 0 and model.a.item() == 0.0
+    assert model.eval().doubled().item() == 2 * model.a.item()
+
+
+def test_whoever_remembers_what_was_built_hears_of_a_resumed_run(tmp_path: Path) -> None:
+    rule = stage(objective=doubled_loss, steps=3, warmup=0.0)
+    fit(Remembering(), rule, numbers([2.0]), folder=tmp_path)
+    model = Remembering().eval()
+    assert model.doubled().item() == 0.0
+    fit(model, rule, numbers([2.0]), folder=tmp_path, resume=True)
+    assert model.a.item() != 0.0 and model.eval().doubled().item() == pytest.approx(2 * model.a.item())
+
+
+def test_held_out_losses_are_of_each_task_and_tasks_count_alike(tmp_path: Path) -> None:
+    def collate(rows: Sequence[float]) -> Batch:
+        return Batch("causal", {}, torch.tensor(rows), len(rows))
+
+    held_out = Batches([1.0, 1.0, 1.0, -1.0], collate, batch_size=2, seed=0, tasks={"up": 3, "down": 1})
+    model = Plane()
+    rule = stage(groups=(ParamGroup(select=("a",), lr=0.0),), choose_every=2, steps=2)
+    fitted = fit(model, rule, numbers([2.0]), validation=held_out, folder=tmp_path)
+    assert fitted.held_out == {"up": pytest.approx(1.0 - 9.0), "down": pytest.approx(1.0 - 9.0)}
+    with torch.no_grad():
+        model.a.fill_(1.0)
+    fitted = fit(model, rule, numbers([2.0]), validation=held_out, folder=tmp_path, force=True)
+    assert fitted.held_out == {"up": pytest.approx(-9.0), "down": pytest.approx(4.0 - 9.0)}
+    assert fitted.best == (2, pytest.approx((-9.0 - 5.0) / 2))  # not -8, the mean over examples
+    assert (
+        fit(model, rule, numbers([2.0]), validation=held_out, folder=tmp_path, resume=True).held_out == fitted.held_out
+    )

@@ -40,7 +40,9 @@ def build_factors(bundle: Bundle, where: str) -> dict[str, LoraFactors]:
     """The factors of every site, in the order of their paths. Raises CatalogError (VALUE)."""
     faults, data, header = Faults(where), bundle.files[WEIGHTS], bundle.headers[WEIGHTS]
     factors = {
-        path: LoraFactors(_tensor(data, header, site.down, faults), _tensor(data, header, site.up, faults), site.scale)
+        path: LoraFactors(
+            build_tensor(data, header, site.down, faults), build_tensor(data, header, site.up, faults), site.scale
+        )
         for path, site in bundle.sites.items()
     }
     faults.check()
@@ -71,23 +73,8 @@ def build_expert(expert_id: str, bundle: Bundle, card: ExpertCard, where: str) -
     return Expert(expert_id, build_factors(bundle, where), gates, signatures, card)
 
 
-def _named(bundle: Bundle, name: str, where: str) -> dict[str, Tensor] | None:
-    if name not in bundle.files:
-        return None
-    faults, header = Faults(where), bundle.headers[name]
-    limit = MAX_VALUE if name == GATES else torch.finfo(torch.float32).max
-    tensors = {
-        key: _tensor(bundle.files[name], header, entry, faults, limit) for key, entry in _entries(header).items()
-    }
-    faults.check()
-    return tensors
-
-
-def _entries(header: Header) -> Mapping[str, TensorEntry]:
-    return header.tensors
-
-
-def _tensor(data: bytes, header: Header, entry: TensorEntry, faults: Faults, limit: float = MAX_VALUE) -> Tensor:
+def build_tensor(data: bytes, header: Header, entry: TensorEntry, faults: Faults, limit: float = MAX_VALUE) -> Tensor:
+    """The values of one tensor as float32; what is not finite, or over `limit`, is added to `faults`."""
     count = (entry.end - entry.start) // _DTYPES[entry.dtype].itemsize
     if count == 0:
         return torch.empty(entry.shape)
@@ -101,3 +88,19 @@ def _tensor(data: bytes, header: Header, entry: TensorEntry, faults: Faults, lim
         )
         faults.add("VALUE", f"{quote(entry.name)} holds {what}; finite values up to {limit:g} are accepted.")
     return values
+
+
+def _named(bundle: Bundle, name: str, where: str) -> dict[str, Tensor] | None:
+    if name not in bundle.files:
+        return None
+    faults, header = Faults(where), bundle.headers[name]
+    limit = MAX_VALUE if name == GATES else torch.finfo(torch.float32).max
+    tensors = {
+        key: build_tensor(bundle.files[name], header, entry, faults, limit) for key, entry in _entries(header).items()
+    }
+    faults.check()
+    return tensors
+
+
+def _entries(header: Header) -> Mapping[str, TensorEntry]:
+    return header.tensors

@@ -34,7 +34,7 @@ class Bundle:
 def read_bundle(folder: Folder) -> Bundle:
     """Read and validate an expert's folder. Raises CatalogError with the code of what is wrong."""
     where, present = folder.where, folder.names()
-    _check_present(present, where)
+    check_present(present, where)
     card = read_card(folder.read(CARD, MAX_CARD), where) if CARD in present else None
     files = {CONFIG: folder.read(CONFIG, MAX_CONFIG)}
     headers: dict[str, Header] = {}
@@ -44,16 +44,30 @@ def read_bundle(folder: Folder) -> Bundle:
     def lay(header: Header) -> None:
         sites.update(lay_out(config, header, where))
 
-    files[WEIGHTS], headers[WEIGHTS] = _read_tensors(folder, WEIGHTS, lay)
+    files[WEIGHTS], headers[WEIGHTS] = read_tensors(folder, WEIGHTS, lay)
     checks = ((GATES, check_gates), (SIGNATURES, check_signatures))
     for name, check in checks:
         if name in present:
-            files[name], headers[name] = _read_tensors(
+            files[name], headers[name] = read_tensors(
                 folder, name, lambda header, check=check: check(header, sites, where)
             )
     if card is not None:
         _check_hashes(card, files, where)
     return Bundle(config, sites, headers, files, card)
+
+
+def check_present(present: set[str], where: str) -> None:
+    """Whether a folder holds what every adapter has. Raises CatalogError (FORMAT)."""
+    if WEIGHTS in present and CONFIG in present:
+        return
+    unreadable = sorted(name for name in present if name.startswith("adapter_") and name.endswith(_UNREADABLE))
+    if WEIGHTS not in present and unreadable:
+        advice = (
+            "Where you trust it, load it with PEFT and call save_pretrained, which writes safetensors; add that folder."
+        )
+        raise refuse("FORMAT", where, f"{quote(unreadable[0])} may run code when read and is not opened. {advice}")
+    missing = CONFIG if CONFIG not in present else WEIGHTS
+    raise refuse("FORMAT", where, f"there is no {missing}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}.")
 
 
 def parse_bundle(files: dict[str, bytes], where: str) -> Bundle:
@@ -68,21 +82,11 @@ def parse_bundle(files: dict[str, bytes], where: str) -> Bundle:
     return Bundle(config, sites, headers, dict(files), None)
 
 
-def _check_present(present: set[str], where: str) -> None:
-    if WEIGHTS in present and CONFIG in present:
-        return
-    unreadable = sorted(name for name in present if name.startswith("adapter_") and name.endswith(_UNREADABLE))
-    if WEIGHTS not in present and unreadable:
-        advice = (
-            "Where you trust it, load it with PEFT and call save_pretrained, which writes safetensors; add that folder."
-        )
-        raise refuse("FORMAT", where, f"{quote(unreadable[0])} may run code when read and is not opened. {advice}")
-    missing = CONFIG if CONFIG not in present else WEIGHTS
-    raise refuse("FORMAT", where, f"there is no {missing}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}.")
+def read_tensors(folder: Folder, name: str, check: Callable[[Header], None]) -> tuple[bytes, Header]:
+    """The bytes and the header of a safetensors file, its data read only after the header has passed `check`.
 
-
-def _read_tensors(folder: Folder, name: str, check: Callable[[Header], None]) -> tuple[bytes, Header]:
-    """A safetensors file, its data read only after the header has passed `check`."""
+    Raises CatalogError: SIZE, HEADER, DUP, DTYPE, and what `check` raises.
+    """
     with folder.open(name) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > MAX_WEIGHTS:

@@ -71,16 +71,26 @@ def _plan(recipe: Path | None, given: dict[str, Any], settings: list[str]) -> "R
     from dataclasses import fields
 
     from mixwright.config import decode, override, read_yaml
+    from mixwright.methods.base import load
     from mixwright.recipe import Recipe
+    from mixwright.training.compositions import with_task_names
 
     known = {field.name for field in fields(Recipe)}
     dotted = [s if s.split("=")[0].split(".")[0] in known else f"config.{s}" for s in settings]
     base = {} if recipe is None else read_yaml(recipe)
     mapping = override({**base, **given}, dotted)
-    missing = [f"--{key}" for key in ("backbone", "catalog") if mapping.get(key) is None]
+    missing = [f"--{key}" for key in _needed(str(mapping.get("method") or Recipe.method)) if mapping.get(key) is None]
     if missing:
         raise ValueError(f"nothing to compose: give {' and '.join(missing)}, or a recipe that names them.")
-    return decode(Recipe, mapping, where=str(recipe) if recipe else "compose")
+    plan = decode(Recipe, mapping, where=str(recipe) if recipe else "compose")
+    return with_task_names(plan, load(plan.method).config)
+
+
+def _needed(method: str) -> tuple[str, ...]:
+    """What a composition is made of: a method that trains whole compositions has experts of its own, no catalogue's."""
+    from mixwright.methods.base import load
+
+    return ("backbone",) if load(method).trains == "composition" else ("backbone", "catalog")
 
 
 def _backbone(plan: "Recipe") -> Any:

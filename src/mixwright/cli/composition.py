@@ -14,6 +14,10 @@ Backbone = Annotated[
     str | None, typer.Option("--backbone", help="Where the backbone lies now, if not where it lay at `compose`.")
 ]
 
+Task = Annotated[
+    str | None, typer.Option("--task", help="Name or number of the task, for a composition that is routed by task.")
+]
+
 
 def opened(folder: Path, backbone: str | None) -> tuple["ComposedModel", Any]:
     """The composed model in a folder, and the tokenizer that lies beside its backbone."""

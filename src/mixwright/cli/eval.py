@@ -33,6 +33,10 @@ def evaluate(
         str | None,
         typer.Option(help="Rows, by comma: backbone, experts, merged, average, random, arrow, spectr, routed; all."),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="For a composition routed by task: that of each --data, or one for all."),
+    ] = None,
     backbone: Backbone = None,
     method: Annotated[str, typer.Option("--method", help="How to compose, where a catalogue is given.")] = "phatgoose",
     metric: Annotated[str | None, typer.Option("--metric", help="nats, tokens, exact or accuracy.")] = None,
@@ -49,12 +53,16 @@ def evaluate(
     """
     from mixwright.evaluation.evaluate import evaluate as measure
     from mixwright.evaluation.systems import members
-    from mixwright.evaluation.tasks import METRIC, NAMES, chosen_systems, file_tasks, kind_of
+    from mixwright.evaluation.tasks import METRIC, chosen_systems, default_systems, file_tasks, kind_of
 
     model, tokenizer = _model(source, backbone, method)
-    names = NAMES if systems is None else tuple(name.strip() for name in systems.split(",") if name.strip())
+    names = (
+        default_systems(model)
+        if systems is None
+        else tuple(name.strip() for name in systems.split(",") if name.strip())
+    )
     chosen = chosen_systems(model, names, seed=seed)
-    tasks = file_tasks(model, tokenizer, data, batch_size=batch_size, max_length=max_length, limit=limit)
+    tasks = file_tasks(model, tokenizer, data, batch_size=batch_size, max_length=max_length, limit=limit, of_tasks=task)
     table = _measured(measure, model, tasks, chosen, seed, quiet=as_json)
     if "experts" in names:
         table = table.with_best_experts([model.experts[at] for at in members(model)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixwright.cli import expert_export
 from mixwright.cli.expert_text import measure, sign
 from mixwright.cli.output import DryRun, Json, example, print_json, print_table
 
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
     for command, text in lines.items():
         name = "list" if command is show_all else command.__name__
         experts.command(name, epilog=example(*text), no_args_is_help=True)(command)
+    experts.command("export", epilog=expert_export.EXAMPLE, no_args_is_help=True)(expert_export.export)
     app.add_typer(experts, name="experts", rich_help_panel="Make")
 
 

@@ -1,4 +1,4 @@
-"""`explain`: which experts acted on each token of a text."""
+"""`explain`: which experts acted on each token of a text, or which latent experts serve which task."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ _EXAMPLE = (
     "mixwright explain composed --file mixed.txt --output mixed.html",
     "mixwright explain composed --text 'Permission is hereby granted' --without licence",
     "without licence, this passage costs +0.60 nats per token",
+    "mixwright explain multitask --output tasks.html --measure",
 )
 
 
@@ -30,6 +31,9 @@ def explain(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write one self-contained HTML page.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here as well as in the page.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Routed by task: time a training step and an evaluation pass here.")
+    ] = False,
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +42,17 @@ def explain(
     Beside the routing weights stand the contributions, norm(w s B A u) / norm(W u): an expert can have the say and do
     little with it. Without --without, the expert that leads most tokens is left out. A page tells as much as the text
     that it explains: share it as you would share the text.
+
+    A model routed by task needs no text: which latent experts serve which task, layer by layer, how alike the tasks
+    are, what each expert really adds, what it costs, and what is wrong.
     """
+    if text is None and file is None:
+        if target is not None or without is not None:
+            raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
+        _explain_tasks(composition, output, terminal, measure, backbone, as_json)
+        return
+    if measure:
+        raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
     from mixwright.evaluation.explain import explain as explained
 
@@ -56,5 +70,38 @@ def explain(
         from mixwright.report.terminal import print_explanation
 
         print_explanation(found, console())
+    if output is not None:
+        console().print(f"wrote {output}: open it in a browser", markup=False)
+
+
+def _explain_tasks(
+    composition: Path, output: Path | None, terminal: bool, measure: bool, backbone: str | None, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from mixwright.api import load
+    from mixwright.evaluation.step_time import step_times
+    from mixwright.evaluation.task_alarms import task_alarms
+    from mixwright.evaluation.task_routing import is_task_routed, task_routing
+
+    model = load(composition, backbone=backbone)
+    if not is_task_routed(model):
+        text_of("--text", None, None)
+    found = task_routing(model)
+    times = step_times(model, len(found.tasks)) if measure else None
+    command = f"mixwright explain {composition.name} --measure"
+    if output is not None:
+        from mixwright.files import write_atomic
+        from mixwright.report.task_page import task_page
+
+        write_atomic(output, task_page(found, times, command).encode("utf-8"))
+    if as_json:
+        alarms = [asdict(alarm) for alarm in task_alarms(found)]
+        print_json({**found.to_dict(), "alarms": alarms, "times": None if times is None else asdict(times)})
+        return
+    if terminal or output is None:
+        from mixwright.report.task_terminal import print_task_routing
+
+        print_task_routing(found, console(), times, command)
     if output is not None:
         console().print(f"wrote {output}: open it in a browser", markup=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixwright.cli.composition import Backbone, Folder, opened, text_of
+from mixwright.cli.composition import Backbone, Folder, Task, opened, text_of
 from mixwright.cli.output import Json, console, example, print_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Where sampling starts.")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Explain every token of prompt and answer.")] = False,
+    task: Task = None,
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
@@ -41,11 +42,19 @@ def run(
     can_generate = getattr(model.backbone, "can_generate", None)
     if can_generate is None or not can_generate():
         raise ValueError("this backbone writes no text; `mixwright explain` shows what its experts do.")
+    from mixwright.composition.by_task import of_task
     from mixwright.evaluation.explain import explain
+    from mixwright.evaluation.task_routing import is_task_routed
 
+    condition = of_task(model, task)
+    if trace and is_task_routed(model):
+        raise ValueError(
+            "--trace explains token by token, and this model is routed by task; leave it out. `mixwright explain "
+            f"{composition}` shows which task uses which latent expert."
+        )
     say: Callable[[str], None] = _quiet if as_json else _write
     model.eval()
-    with model.trace() as routings:
+    with model.trace() as routings, model.under(condition):
         answer, count = _generate(model, tokenizer, given, say, max_new_tokens, temperature, seed)
     say("\n")
     shares = applied(model, routings)
@@ -57,7 +66,7 @@ def run(
     if as_json:
         acted = [{"expert": expert, "weight": weight} for expert, weight in shares]
         full = explained.to_dict() if explained is not None else None
-        print_json({"prompt": given, "text": answer, "tokens": count, "experts": acted, "trace": full})
+        print_json({"prompt": given, "task": task, "text": answer, "tokens": count, "experts": acted, "trace": full})
         return
     console().print()
     console().print(f"{count} tokens; " + ", ".join(f"{e} {100 * w:.0f}%" for e, w in shares[:6]), markup=False)

@@ -1,4 +1,4 @@
-"""`train`: an expert out of a recipe, and its gate."""
+"""`train`: out of a recipe, an expert and its gate, or a composition."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def train(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Train an expert as a recipe says, stage after stage, and put it into the catalogue.
+    """Train as a recipe says, stage after stage: an expert, for the catalogue, or a composition, into output_dir.
 
     Rows of a JSONL file are prompt and completion, text, or text and label. A run that was cut off, however, loses at
     most the steps since its last checkpoint (train.checkpoint_every); --resume goes on to the same weights.
@@ -92,12 +92,23 @@ def _show_plan(report: "TrainingReport") -> None:
     ]
     memory = [f"MiB {name}" for name in (report.plans[0].memory if report.plans else ())]
     print_table(("stage", "steps", "examples/step", "sites", "trained numbers", *memory), rows)
-    held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
     say = console().print
-    say(f"{report.kind} model; {report.examples} examples{held_out}; longest of the first: {report.longest} tokens.")
+    for plan in report.plans:
+        parts = (f"{name}: {count:,} at rate {rate:g}" for name, (count, rate) in plan.groups.items())
+        say(f"{plan.name} trains {'; '.join(parts)}", markup=False)
+    held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
+    longest = f"; longest of some: {report.longest} tokens" if report.longest else ""
+    say(f"{report.kind} model; {report.examples} examples{held_out}{longest}.")
+    _say_tasks(report)
     for plan in report.plans[:1]:
         say(f"sites: {', '.join(plan.sites[:4])}{', ...' if len(plan.sites) > 4 else ''}")
     say("The data was read and checked. Nothing was trained. Activations are measured on one example and scaled up.")
+
+
+def _say_tasks(report: "TrainingReport") -> None:
+    for words, tasks in (("tasks", report.tasks), ("new tasks", report.new_tasks)):
+        if tasks:
+            console().print(f"{words}: {', '.join(f'{name} ({count})' for name, count in tasks.items())}", markup=False)
 
 
 def _show_result(report: "TrainingReport", catalog: str | None) -> None:
@@ -115,8 +126,20 @@ def _show_result(report: "TrainingReport", catalog: str | None) -> None:
     if rows:
         print_table(("stage", "steps", "last loss", "kept step", "held-out loss", "seconds"), rows)
     say = console().print
+    for name, fitted in report.stages.items():
+        for task, loss in fitted.held_out.items():
+            say(f"{name}: held-out loss of {task}: {loss:.4f}", markup=False)
+        if fitted.said:
+            say(fitted.said, markup=False)
     if report.skipped:
         say(f"done before: {', '.join(report.skipped)}")
     if any(fitted.best is not None and fitted.best[0] == 0 for fitted in report.stages.values()):
-        say("No step was better than the untrained expert on the held-out data; the untrained one was kept.")
-    say(f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {catalog} {report.expert}")
+        say("No step was better than the untrained weights on the held-out data; the untrained ones were kept.")
+    if report.expert is not None:
+        say(
+            f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {catalog} {report.expert}"
+        )
+    if report.composition is not None:
+        say(
+            f"the composition is in {report.composition}; next: mixwright run {report.composition} --help", markup=False
+        )

@@ -1,5 +1,6 @@
 """The model card of a composition: what it is made of, under which licences, and how good it was measured to be."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,12 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
 
 
 def _tasks(stored: "StoredComposition") -> list[str]:
-    return [str(task) for task in stored.config.get("tasks") or ()]
+    named = stored.config.get("tasks")
+    return [str(task) for task in named] if isinstance(named, list | tuple) else []
 
 
 def _with_task(tasks: Sequence[str]) -> list[str]:
-    return [f'with model.with_task("{_plain(tasks[0])}"):', "    outputs = model(**inputs)"] if tasks else []
+    return [f"with model.with_task({json.dumps(_plain(tasks[0]))}):", "    outputs = model(**inputs)"] if tasks else []
 
 
 def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
@@ -61,7 +63,15 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
         "",
         *(f"- {_plain(task)}" for task in tasks),
         "",
+        f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
+        "bind as well.",
+        "",
     ]
+
+
+def _own_licence(stored: "StoredComposition") -> str | None:
+    """Of experts that were trained in the composition."""
+    return stored.config.get("licence") or None
 
 
 def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -77,18 +87,48 @@ def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def adapter_card(title: str, backbone: Mapping[str, Any], composition: "Composition") -> str:
+    """The text of README.md for one routing of a composition that was written as a PEFT adapter."""
+    path = str(backbone.get("path") or "")
+    base = f"`{_plain(path or backbone.get('architecture', 'the backbone'))}`"
+    metadata: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "mixwright", composition.method]}
+    lines = [
+        f"---\n{write_yaml(metadata | _on_hub(path))}---",
+        "",
+        f"# {_plain(title)}",
+        "",
+        f"An ordinary LoRA for {base} (fingerprint `{backbone['fingerprint']}`), which acts exactly as a composition "
+        f"made with mixwright by the method *{_plain(composition.method)}* does under this one routing. Its factors "
+        "hold the routing weights; no router is needed.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(backbone, "this-folder-or-repository")',
+        "```",
+    ]
+    if composition.citation:
+        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _on_hub(path: str) -> dict[str, Any]:
+    """The hub's metadata of what stands on a backbone, where its path is a hub id."""
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return {}
+    return {"base_model": path, "base_model_relation": "adapter"}
+
+
 def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    licences = {str(expert.get("licence") or "unknown") for expert in experts}
+    own = _own_licence(stored)
+    licences = {str(expert.get("licence") or "unknown") for expert in experts} | ({own} if own else set[str]())
     metadata: dict[str, Any] = {
         "library_name": "mixwright",
         "tags": ["mixwright", stored.method, "mixture-of-experts", "lora"],
     }
-    if experts or not _tasks(stored):
+    if licences or not _tasks(stored):
         metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
-    if stored.backbone.path.count("/") == 1 and not stored.backbone.path.startswith((".", "/", "~")):
-        metadata["base_model"] = stored.backbone.path
-        metadata["base_model_relation"] = "adapter"
-    return metadata
+    return metadata | _on_hub(stored.backbone.path)
 
 
 def _row(expert: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixwright.catalog.card import RESERVED
 from mixwright.composition.channel import Channel
+from mixwright.composition.checkpointing import checkpoint_options
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.passes import begin_encoder_pass, begin_pass, end_pass, named_arguments
 from mixwright.composition.probe import Probe, encoder_of
@@ -46,7 +47,7 @@ class ComposedModel(nn.Module):
     The backbone's parameters are frozen. One forward at a time for each instance: the condition and the trace of the
     current pass live in a channel that the mixtures share. Whatever is not found here is asked of the backbone.
     `probe`: what is known of the sites; without it the backbone is run once to find out. Raises IncompatibleExpert for
-    a site that the backbone never calls.
+    a site that the backbone never calls. `whole`: tensors about the model that belong to no site, saved with it.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ComposedModel(nn.Module):
         self.composition = composition or Composition()
         self.channel = Channel()
         self._sites = tuple(mixtures)
+        self.whole: dict[str, Tensor] = {}
         self._given = Condition()
         self._in_pass = False
         self._active: tuple[str, ...] | None = None
@@ -105,6 +107,13 @@ class ComposedModel(nn.Module):
         """The backbone's `generate` under `condition`: greedy, beams, sampling, with its cache."""
         with self.under(self._condition(condition, task_ids)):
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As the backbone's, not reentrant unless asked; layers run again under the tasks of their own pass."""
+        given = checkpoint_options(self.channel, gradient_checkpointing_kwargs)
+        self.backbone.gradient_checkpointing_enable(given, **options)  # type: ignore[operator]
 
     def _condition(self, condition: Condition | None, task_ids: Tensor | None) -> Condition | None:
         return condition if task_ids is None else replace(condition or self._given, task_ids=task_ids)
@@ -218,7 +227,7 @@ class ComposedModel(nn.Module):
         self._active = None if experts is None else tuple(self.experts[i] for i in sorted(set(ids)))
 
     def added_state(self) -> dict[str, Tensor]:
-        """Every tensor that is not the backbone's, by `<site>.router...` and `<site>.experts...`.
+        """Every tensor that is not the backbone's, by `<site>.router...`, `<site>.experts...` and `whole...`.
 
         What `set_active` leaves out at the moment is in it all the same.
         """
@@ -228,7 +237,8 @@ class ComposedModel(nn.Module):
             for part in ("router", "experts")
             for name, tensor in getattr(mixture, part).state_dict().items()
         }
-        return {name: self._allowed.get(name, tensor).to(tensor.device) for name, tensor in state.items()}
+        held = {name: self._allowed.get(name, tensor).to(tensor.device) for name, tensor in state.items()}
+        return held | {f"whole.{name}": tensor for name, tensor in self.whole.items()}
 
     def num_added_parameters(self) -> int:
         """Numbers in the added state: factors, gates, scales, masks."""
@@ -242,10 +252,13 @@ class ComposedModel(nn.Module):
         print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {share:.4f}")
 
     def fold(self, condition: Condition | None = None) -> nn.Module:
-        """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`."""
+        """A copy of the backbone with a routing that does not vary baked into its weights; see `folding.fold`.
+
+        Without a `condition` that of the block around it holds, such as a task's.
+        """
         from mixwright.composition.folding import fold
 
-        return fold(self, condition or Condition())
+        return fold(self, condition or self._given)
 
     def remove(self) -> nn.Module:
         """Take every mixture out and return the backbone as it was, gradients asked for included."""

@@ -37,8 +37,8 @@ def begin_pass(channel: Channel, given: Condition, arguments: Mapping[str, Any],
     batch = _batch(arguments)
     memory = resume(arguments.values())
     memory.begin_pass(batch)
-    condition = replace(given, token_mask=mask, encoder_mask=encoder_mask, memory=memory)
-    channel.condition = condition if batch is None else condition.for_batch(batch)
+    rows = given if batch is None else given.for_batch(batch)
+    channel.condition = replace(rows, token_mask=mask, encoder_mask=encoder_mask, memory=memory)
 
 
 def end_pass(channel: Channel, arguments: Iterable[Any], output: Any) -> None:
@@ -57,8 +57,8 @@ def begin_encoder_pass(channel: Channel, given: Condition, arguments: Mapping[st
         channel.lengths = {"encoder": (source.shape[0], source.shape[1])}
     mask = _boolean(arguments.get("attention_mask"))
     batch = _batch(arguments)
-    condition = replace(given, token_mask=None, encoder_mask=mask, memory=RoutingMemory(rows=batch))
-    channel.condition = condition if batch is None else condition.for_batch(batch)
+    rows = given if batch is None else given.for_batch(batch)
+    channel.condition = replace(rows, token_mask=None, encoder_mask=mask, memory=RoutingMemory(rows=batch))
 
 
 _INPUTS = ("input_ids", "inputs_embeds")

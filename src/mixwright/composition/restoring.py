@@ -22,6 +22,12 @@ class SiteState:
         return {name.removeprefix(f"{part}."): t for name, t in self.router.items() if name.startswith(f"{part}.")}
 
 
+def of_whole(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of `ComposedModel.added_state` apart: those of sites, and those of the whole model by their names."""
+    whole = {name.removeprefix("whole."): tensor for name, tensor in state.items() if name.startswith("whole.")}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("whole.")}, whole
+
+
 def by_site(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, SiteState]:
     """The tensors of `ComposedModel.added_state`, by site in the backbone's order.
 

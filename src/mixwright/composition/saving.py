@@ -5,7 +5,6 @@
 and for the hub.
 """
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from mixwright.catalog.document import render
 from mixwright.composition.card import card_text
 from mixwright.config import encode
 from mixwright.errors import CatalogError
-from mixwright.files import publish_folder, replace_folder, sha256_file, write_new
+from mixwright.files import sha256_file, staged_folder, write_new
 from mixwright.yaml12 import write_yaml
 
 if TYPE_CHECKING:
@@ -79,14 +78,8 @@ def save(model: "ComposedModel", folder: Path) -> None:
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (folder / COMPOSITION).is_file():
         raise CatalogError("PATH", str(folder), "this is in use and holds no composition; give a new or empty folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
-    try:
-        staging.chmod(0o755)
+    with staged_folder(folder, replace=taken) as staging:
         write_files(model, staging)
-        (replace_folder if taken else publish_folder)(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_files(model: "ComposedModel", folder: Path) -> None:

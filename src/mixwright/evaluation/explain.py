@@ -18,6 +18,7 @@ from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
 from mixwright.evaluation.reading import Stream, inputs_of, read
+from mixwright.evaluation.task_routing import is_task_routed
 
 _SHOWN = 5
 
@@ -99,8 +100,14 @@ def explain(
 
     `without` names the expert that is left out for the counterfactual loss, masked before the choice as if it was not
     in the pool; None takes the one that leads most tokens, where the routers can leave one out. Raises ValueError for
-    an empty text, for one that is longer than the backbone takes, and for a `target` without a decoder to give it to.
+    an empty text, for one that is longer than the backbone takes, for a `target` without a decoder to give it to, and
+    for a model routed by task, which has no choice to explain token by token.
     """
+    if is_task_routed(model):
+        raise ValueError(
+            "this model is routed by task: every token of a text gets the same latent experts. Leave out the text; "
+            "`mixwright explain FOLDER` shows which task uses which."
+        )
     if without is not None:
         model.index(without)
     streams = read(model, tokenizer, text, target)

@@ -1,7 +1,7 @@
 """Which things are alike, as a tree: agglomerative clustering by average linkage."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -47,10 +47,16 @@ def leaf_order(merges: Sequence[Merge], count: int) -> list[int]:
     return members[-1] if members else []
 
 
-def cut(merges: Sequence[Merge], count: int, clusters: int) -> list[list[int]]:
-    """The tree cut into at most `clusters` clusters, in the tree's order, each with its members in that order."""
-    members: dict[int, list[int]] = {thing: [thing] for thing in range(count)}
-    for number, merge in enumerate(merges[: max(0, count - max(1, clusters))]):
+def cut(merges: Sequence[Merge], count: int, clusters: int) -> tuple[list[list[int]], list[Merge]]:
+    """The tree cut into at most `clusters` clusters, in the tree's order with their members in that order, and the
+    rest of the tree over these."""
+    kept = max(1, min(clusters, count))
+    members = {thing: [thing] for thing in range(count)}
+    for number, merge in enumerate(merges[: count - kept]):
         members[count + number] = members.pop(merge.left) + members.pop(merge.right)
     place = {thing: at for at, thing in enumerate(leaf_order(merges, count))}
-    return sorted((sorted(found, key=place.__getitem__) for found in members.values()), key=lambda one: place[one[0]])
+    found = sorted(members.items(), key=lambda item: place[item[1][0]])
+    numbers = {cluster: at for at, (cluster, _) in enumerate(found)}
+    numbers |= {count + number: kept + number - (count - kept) for number in range(count - kept, len(merges))}
+    rest = [replace(m, left=numbers[m.left], right=numbers[m.right]) for m in merges[count - kept :]]
+    return [group for _, group in found], rest

@@ -143,7 +143,7 @@ class LabelTask(AbstractTask):
         if batch.label_inputs is None:
             raise ValueError(f"task {self.name}: give anchors, or batches with label_inputs, the texts of the labels.")
         count = len(batch.label_inputs["input_ids"])
-        as_batch = Batch("encoder", batch.label_inputs, torch.arange(count), count)
+        as_batch = Batch("encoder", batch.label_inputs, torch.arange(count), count, task_ids=batch.label_task_ids)
         return _embedded(model, batch.label_inputs, conditions(as_batch))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
 from mixwright.evaluation.retrieval import Library, nearest_expert
+from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.lora import LoraExperts
 from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractRouter, AbstractScores
@@ -29,9 +30,10 @@ from mixwright.routing import Condition
 Enter = Callable[[ComposedModel], AbstractContextManager[Any]]
 
 
-def _nothing(model: ComposedModel, batch: Batch) -> Condition | None:
-    del model, batch
-    return None
+def _tasks(model: ComposedModel, batch: Batch) -> Condition | None:
+    """The tasks that the batch says its rows are of, if it says any."""
+    del model
+    return None if batch.task_ids is None else Condition(task_ids=batch.task_ids)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class System:
 
     name: str
     enter: Enter
-    condition: Callable[[ComposedModel, Batch], Condition | None] = _nothing
+    condition: Callable[[ComposedModel, Batch], Condition | None] = _tasks
 
 
 def backbone() -> System:
@@ -67,7 +69,13 @@ def merged(model: ComposedModel, weight: float | None = None, name: str = "merge
 
 
 def parameter_average(model: ComposedModel) -> System:
-    """W + (mean of s_e B_e)(mean of A_e): factors averaged apart, which has cross terms that the product has not."""
+    """W + (mean of s_e B_e)(mean of A_e): factors averaged apart, which has cross terms that the product has not.
+
+    For experts that combine parameters it is uniform routing.
+    """
+    if all(isinstance(mixture.experts, AbstractFactored) for mixture in model.mixtures.values()):
+        uniform = ConstantRouter(torch.full((len(model.experts),), 1.0 / len(model.experts)))
+        return rerouted("parameter average", dict.fromkeys(model.mixtures, uniform))
     count = len(members(model))
     averaged: dict[str, LoraExperts] = {}
     for site, experts in lora(model).items():

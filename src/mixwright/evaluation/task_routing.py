@@ -7,7 +7,7 @@ task's update, from inner products of its parts. Nothing here needs data, and no
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,9 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import depth_of
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
+from mixwright.evaluation.task_cost import count
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.collapse import entropy, mutual_information
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.task import AbstractTaskRouter, TaskLogits
 
@@ -33,8 +35,9 @@ class TaskTable:
     experts, means over positions: `discreteness` mean binary entropy of sigmoid(z) / log 2 (0 on or off, 1 undecided);
     `sparsity` share of sigmoid(z) over 0.5 (both None where nothing is learned); `usage` entropy of the mean row over
     log S (1 all experts equally); `peakiness` 1 - mean entropy of a row / log S (0 uniform, 1 one expert per task);
-    `separation` usage - 1 + peakiness (0: every task has the same row). None where there is one expert. `agreement`:
-    mean correlation, with the other routers, of the distances between tasks.
+    `separation` mutual information of task and expert / log S (0: every task has the same row). The last three are
+    None where there is one expert. `agreement`: mean correlation, with the other routers, of the distances between
+    tasks.
     """
 
     sites: list[str]
@@ -91,8 +94,16 @@ class TaskRouting:
         return sum(changes) / len(changes) if changes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain dictionaries and lists, for JSON."""
-        return asdict(self)
+        """All of it as plain dictionaries and lists for JSON, numbers to six digits."""
+        return _rounded(asdict(self))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in cast(dict[str, Any], value).items()}
+    return [_rounded(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else value
 
 
 def is_task_routed(model: ComposedModel) -> bool:
@@ -109,7 +120,7 @@ def task_routing(model: ComposedModel) -> TaskRouting:
     mixtures, routers = model.mixtures, dict[int, tuple[AbstractRouter, list[str]]]()
     for site, mixture in mixtures.items():
         routers.setdefault(id(mixture.router), (mixture.router, []))[1].append(site)
-    tables = [_table(router, len(tasks)) for router, _ in routers.values()]
+    tables = [_table(router, len(tasks), sites) for router, sites in routers.values()]
     places = {key: place for place, key in enumerate(routers)}
     layers = [
         _layer(mixture, places[id(mixture.router)], tables[places[id(mixture.router)]]) for mixture in mixtures.values()
@@ -121,7 +132,6 @@ def task_routing(model: ComposedModel) -> TaskRouting:
     agreements = _agreements(distances)
     known = [value for value in agreements if value is not None]
     merges = average_linkage(mean)
-    cost = getattr(model, "cost", None)
     return TaskRouting(
         tasks=tasks,
         experts=list(model.experts),
@@ -134,7 +144,7 @@ def task_routing(model: ComposedModel) -> TaskRouting:
         merges=merges,
         order=leaf_order(merges, len(tasks)),
         agreement=sum(known) / len(known) if known else None,
-        cost={name: int(count) for name, count in vars(cost()).items()} if callable(cost) else {},
+        cost=asdict(count(model)),
         composition=asdict(model.composition),
     )
 
@@ -147,13 +157,16 @@ def _task_names(model: ComposedModel) -> list[str]:
     return [*named[:count], *(f"task {number}" for number in range(len(named), count))] if routers or named else ["any"]
 
 
-def _table(router: AbstractRouter, tasks: int) -> Float[Tensor, "tasks positions experts"]:
+def _table(router: AbstractRouter, tasks: int, sites: Sequence[str]) -> Float[Tensor, "tasks positions experts"]:
     """The weights of every task; of a router that asks nobody, the same row for all."""
     if isinstance(router, AbstractTaskRouter):
         table = router.table()
     else:
         table = router.get_buffer("weights").expand(tasks, -1)
     table = table.detach().double().cpu()
+    if len(table) != tasks or not table.isfinite().all():
+        fault = f"{len(table)} tasks, others {tasks}" if len(table) != tasks else "weights that are not finite"
+        raise ValueError(f"the router of {sites[0]} has {fault}; this routing can't be explained.")
     return table[:, None] if table.dim() == 2 else table
 
 
@@ -174,30 +187,32 @@ def _described(
         sites=sites,
         positions=names if shown.shape[1] > 1 else [f"mean of {positions} {heads}s" if positions > 1 else ""],
         weights=shown.tolist(),
-        discreteness=None if gates is None else float((_entropy(gates) + _entropy(1 - gates)).mean() / log(2)),
+        discreteness=None if gates is None else float(entropy(torch.stack([gates, 1 - gates], -1)).mean()) / log(2),
         sparsity=None if gates is None else float((gates > 0.5).double().mean()),
         **shape_of(table),
         agreement=agreement,
     )
 
 
-def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p)
-
-
 def shape_of(table: Float[Tensor, "tasks positions experts"]) -> dict[str, float | None]:
     """Usage, peakiness and separation of a table of weights, as `TaskTable` defines them."""
-    experts = table.shape[-1]
-    if experts < 2:
+    most = log(table.shape[-1])
+    if not most:
         return {"usage": None, "peakiness": None, "separation": None}
-    rows = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
-    usage = float(_entropy(rows.mean(0)).sum(-1).mean() / log(experts))
-    peakiness = 1 - float(_entropy(rows).sum(-1).mean() / log(experts))
-    return {"usage": usage, "peakiness": peakiness, "separation": usage - 1 + peakiness}
+    rows = _normalised(table)
+    return {
+        "usage": float(entropy(rows.mean(0)).mean()) / most,
+        "peakiness": 1 - float(entropy(rows).mean()) / most,
+        "separation": float(mutual_information(rows).mean()) / most,
+    }
+
+
+def _normalised(table: Tensor) -> Tensor:
+    return table / table.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def _distances(table: Float[Tensor, "tasks positions experts"]) -> Float[Tensor, "tasks tasks"]:
-    rows = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
+    rows = _normalised(table)
     return torch.cdist(rows.flatten(1), rows.flatten(1), p=1) / (2 * table.shape[1])
 
 

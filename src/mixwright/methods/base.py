@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixwright import methods
 
@@ -43,6 +43,9 @@ class Method:
     paper: Paper
     summary: str
     config: type[Any]
+    trains: Literal["expert", "composition"] = "expert"
+    """What `mixwright train` makes: experts one at a time, for a catalogue, or a whole composition, which it saves. A
+    config of the latter that has `tasks` gets the names of the recipe's tasks where it names none."""
 
     def compose(
         self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None

@@ -172,10 +172,10 @@ class TaskLogits(AbstractTaskRouter):
         self._routing: tuple[Tensor, Any, Routing] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TaskLogits":
-        """As nn.Module's, but a cast to a narrower type moves the logits without rounding them."""
+        """As nn.Module's, but a cast to less than float32 moves the logits without rounding them."""
         wide = self.logits.data
         super()._apply(fn, recurse)
-        if self.logits.dtype.itemsize < wide.dtype.itemsize:
+        if self.logits.dtype.itemsize < min(4, wide.dtype.itemsize):
             self.logits.data = wide.to(self.logits.device)
         self._forget()
         return self

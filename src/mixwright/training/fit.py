@@ -1,6 +1,7 @@
 """The only training loop: stages in, trained weights out, interrupted at any moment without harm."""
 
 import json
+import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,23 +15,14 @@ from mixwright.data.batches import Batches
 from mixwright.files import exclusive_lock
 from mixwright.recipe import TrainConfig
 from mixwright.training.checkpoint import Checkpoints, Snapshot
+from mixwright.training.fitted import Fitted
 from mixwright.training.interrupt import Interruption, interruption
 from mixwright.training.processes import make_accelerator
 from mixwright.training.progress import Report, reporting
 from mixwright.training.randomness import own_randomness
 from mixwright.training.stage import Stage
-from mixwright.training.update import Updater
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """What a stage came to. `loss`: the last step's, per target; `best`: (step, held-out loss) of the weights kept."""
-
-    steps: int
-    loss: float | None
-    best: tuple[int, float] | None
-    seconds: float
-    losses: tuple[float, ...] = ()
+from mixwright.training.update import HeldOut, Updater
+from mixwright.training.watching import Watcher
 
 
 def fit(
@@ -83,7 +75,8 @@ def fit(
         stop = stack.enter_context(interruption(accelerator.num_processes == 1))
         if config.tracker is not None:
             accelerator.init_trackers(stage.name)
-        run = _Run(updater, config, checkpoints if main else None, log, report, stop, accelerator)
+        watcher = Watcher(stage) if main else None
+        run = _Run(updater, config, checkpoints if main else None, log, report, stop, accelerator, watcher)
         return run.from_step(done)
 
 
@@ -96,6 +89,7 @@ class _Run:
     report: Report
     stop: Interruption
     accelerator: Accelerator
+    watcher: Watcher | None
 
     def from_step(self, done: int) -> Fitted:
         stage, updater, began = self.updater.stage, self.updater, time.monotonic()
@@ -113,16 +107,20 @@ class _Run:
         if self.config.tracker is not None:
             self.accelerator.end_training()
         best = updater.keep_best()
-        last = losses[-1] if losses else None
-        return Fitted(steps=stage.steps, loss=last, best=best, seconds=time.monotonic() - began, losses=tuple(losses))
+        return Fitted(
+            steps=stage.steps,
+            loss=losses[-1] if losses else None,
+            best=None if best is None else (best.step, best.loss),
+            seconds=time.monotonic() - began,
+            losses=tuple(losses),
+            held_out={} if best is None else best.by_task,
+        )
 
     def _after(self, done: int, loss: float) -> None:
         steps = self.updater.stage.steps
-        self.updater.consider(done)
-        if done % self.config.log_every == 0 or done == steps:
-            self.log.add(done, loss)
-            if self.config.tracker is not None:
-                self.accelerator.log({"loss": loss}, step=done)
+        held_out = self.updater.consider(done)
+        if held_out is not None or done % self.config.log_every == 0 or done == steps:
+            self._note(done, loss, held_out)
         self.report.step(done, loss)
         interrupted = self.stop.requested
         if done % self.config.checkpoint_every == 0 or done == steps or interrupted:
@@ -130,6 +128,18 @@ class _Run:
         if interrupted and done < steps:
             kept = "continue with resume" if self.checkpoints is not None else "nothing is kept without a folder"
             raise KeyboardInterrupt(f"stage {self.updater.stage.name} stopped after step {done} of {steps}; {kept}.")
+
+    def _note(self, done: int, loss: float, held_out: HeldOut | None) -> None:
+        numbers = {"loss": loss}
+        if held_out is not None:
+            numbers["held_out_loss"] = held_out.loss
+            numbers.update({f"held_out_loss.{task}": value for task, value in held_out.by_task.items()})
+        if self.watcher is not None:
+            numbers.update(self.watcher.look(self.updater.model, done))
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}  # the log is JSON
+        self.log.add(done, numbers)
+        if self.config.tracker is not None:
+            self.accelerator.log(numbers, step=done)
 
     def _save(self, done: int) -> None:
         if self.checkpoints is not None:
@@ -190,7 +200,8 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
         "stage": stage.name,
         "steps": str(stage.steps),
         "groups": json.dumps(groups),
-        "optimizer": json.dumps([stage.optimizer, stage.warmup, stage.clip, stage.weight_decay, stage.choose_every]),
+        "optimizer": json.dumps([stage.optimizer, stage.clip, stage.weight_decay, stage.choose_every]),
+        "schedule": json.dumps([stage.warmup, stage.cooldown]),
         "seed": str(seed),
         "batch_size": str(config.batch_size),
         "accumulate": str(config.accumulate),
@@ -212,7 +223,7 @@ class _Log:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
             self.path.write_text("".join(kept), encoding="utf-8")
 
-    def add(self, step: int, loss: float) -> None:
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+                file.write(json.dumps({"step": step, **numbers}) + "\n")

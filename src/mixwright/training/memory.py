@@ -10,9 +10,9 @@ from mixwright.data.batches import Batches
 from mixwright.training.stage import Stage, select_parameters
 
 
-def trainable_count(model: nn.Module, stage: Stage) -> int:
-    """Numbers that a stage trains."""
-    return sum(p.numel() for group in select_parameters(model, stage.groups) for p in group.values())
+def trainable_counts(model: nn.Module, stage: Stage) -> list[int]:
+    """Numbers that each group of a stage trains."""
+    return [sum(p.numel() for p in group.values()) for group in select_parameters(model, stage.groups)]
 
 
 def estimate_bytes(model: nn.Module, stage: Stage, data: Batches) -> dict[str, int]:
@@ -24,7 +24,7 @@ def estimate_bytes(model: nn.Module, stage: Stage, data: Batches) -> dict[str, i
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     return {
         "weights": weights,
-        "gradients and optimiser": 3 * 4 * trainable_count(model, stage),
+        "gradients and optimiser": 3 * 4 * sum(trainable_counts(model, stage)),
         "activations": _kept(model, stage, data) * data.batch_size,
     }
 

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from mixwright.composition.signatures import collect_signatures
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
+from mixwright.training.experts import Shelf
 from mixwright.training.job import Job
 
 
-def sign_job(job: Job) -> None:
+def sign_expert(job: Job, shelf: Shelf) -> None:
     """Attach to the job's expert the backbone's activation statistics on `train.signature_batches` of its batches."""
     count = job.recipe.train.signature_batches
-    if count and PartialState().is_main_process:
-        sites = list(job.catalog.card(job.expert.id).sites)
+    if count and job.data is not None and PartialState().is_main_process:
+        sites = list(shelf.catalog.card(shelf.expert.id).sites)
         signatures = signature_of(job.backbone, job.data, sites, most=count)
-        job.catalog.attach(job.expert.id, signatures=signatures)
+        shelf.catalog.attach(shelf.expert.id, signatures=signatures)
 
 
 def signature_of(

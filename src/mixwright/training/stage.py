@@ -8,6 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mixwright.data.collate import Batch
+from mixwright.training.fitted import Fitted
+from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
 
 Objective = Callable[[Any, Batch], Tensor]
@@ -25,6 +27,8 @@ class ParamGroup:
     """Climb instead of descend: Lagrange multipliers."""
     split: Literal["train", "val"] = "train"
     """Whose batches give the gradient: `val` for parameters that learn on held-out data."""
+    name: str = ""
+    """For plans; the globs where it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,22 @@ class Stage:
     """Decoupled weight decay of every group."""
     choose_every: int | None = None
     """Score on held-out data before the first step and after every so many, and end with the best; None: the last."""
-    build: Callable[[nn.Module, int, "Trained | None"], nn.Module] | None = None
-    """(backbone, seed, what the stage before published) -> the model that is trained; None: the caller builds it."""
+    data: Literal["train", "new_tasks"] = "train"
+    """What is learned: `data.train` or `data.tasks` of the recipe, or its `data.new_tasks`."""
+    build: Callable[[nn.Module, int, Any], nn.Module] | None = None
+    """(backbone, seed, what the stage before left) -> the model that is trained; None: the caller builds it. A stage
+    leaves a `Trained` expert or, where compositions are trained, the composed model; the first stage may find None."""
     harvest: Callable[[nn.Module], "Trained"] | None = None
     """What the trained model leaves for the catalogue; None: nothing."""
+    watch: Callable[[nn.Module], Mapping[str, float]] | None = None
+    """Numbers about the model in training that are logged beside the loss, without gradients."""
+    alarms: Callable[[Mapping[str, float]], Mapping[str, str]] | None = None
+    """Which of these numbers are bad news: the name of each alarm, and what it means and what to do, in a sentence."""
+    own_way: Callable[[Any, Job, bool], Fitted] | None = None
+    """(model, job, quiet): trains in place by itself, calling `fit` as it likes, where one run over `groups` won't do.
+    `groups` are then the most that it trains. Such a stage keeps no checkpoints: cut off, it starts over."""
+    finish: Callable[[Any, Job], None] | None = None
+    """(model, job): what is done with the trained composition before it is saved."""
 
     @property
     def warmup_steps(self) -> int:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,15 @@ from mixwright.training.randomness import seed_pass
 from mixwright.training.stage import Stage, select_parameters
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Losses per target on held-out data after `step` steps; `loss` is their mean over tasks: each counts alike."""
+
+    step: int
+    loss: float
+    by_task: Mapping[str, float]
 
 
 class Updater:
@@ -42,7 +52,7 @@ class Updater:
         self.optimizers = make_optimizers(model, stage, self.chosen)
         self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.autocast is torch.float16)
-        self.best: tuple[int, float] | None = None
+        self.best: HeldOut | None = None
         self.best_weights: dict[str, Tensor] = {}
 
     def step(self, step: int) -> float:
@@ -62,32 +72,36 @@ class Updater:
         self._apply(step)
         return losses.get("train", next(iter(losses.values())))
 
-    def consider(self, done: int) -> None:
+    def consider(self, done: int) -> HeldOut | None:
         """After `done` steps, remember the weights if none before did better on held-out data; a tie is won."""
         every = self.stage.choose_every
         if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
-            return
-        loss = self.held_out_loss(self.validation)
-        if self.best is None or loss <= self.best[1]:
-            self.best = (done, loss)
+            return None
+        by_task = self.held_out_losses(self.validation)
+        found = HeldOut(done, sum(by_task.values()) / len(by_task), by_task if self.validation.tasks else {})
+        if self.best is None or math.isnan(self.best.loss) or found.loss <= self.best.loss:
+            self.best = found
             self.best_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return found
 
-    def keep_best(self) -> tuple[int, float] | None:
-        """Put the best weights back, if any were chosen; the step they are from and their held-out loss."""
-        for name, tensor in self.best_weights.items():
-            self.parameters[name].data.copy_(tensor)
+    def keep_best(self) -> HeldOut | None:
+        """Put the best weights back, if any were chosen; the step they are from and their held-out losses."""
+        self._write(self.best_weights)
         return self.best
 
     @torch.no_grad()
-    def held_out_loss(self, batches: Batches) -> float:
-        """Mean loss per target over every example once, in eval mode."""
+    def held_out_losses(self, batches: Batches) -> dict[str, float]:
+        """Mean loss per target over every example once, in eval mode, for each task."""
         self.model.eval()
-        total, weight = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
+        names = list(batches.tasks) or [""]
+        totals = torch.zeros((2, len(names)), dtype=torch.float64, device=self.accelerator.device)
         for part in batches.in_order(self.accelerator.process_index, self.accelerator.num_processes):
-            batch = batches.take(part)
-            total += self._loss(batch).double()
-            weight += batch.weight
-        return self._reduced(total) / max(1.0, self._reduced(torch.tensor(float(weight))))
+            batch, task = batches.take(part), names.index(batches.task_of(part))
+            totals[0, task] += self._loss(batch).double()
+            totals[1, task] += batch.weight
+        if self.accelerator.num_processes > 1:
+            totals = cast(Tensor, self.accelerator.reduce(totals, "sum"))
+        return dict(zip(names, (totals[0] / totals[1].clamp_min(1.0)).tolist(), strict=True))
 
     def snapshot(self, done: int) -> Snapshot:
         """Where the run stands after `done` steps."""
@@ -101,20 +115,29 @@ class Updater:
         return Snapshot(
             step=done,
             tensors=files,
-            values={"optimizer": values, "scaler": self.scaler.state_dict(), "best": self.best},
+            values={
+                "optimizer": values,
+                "scaler": self.scaler.state_dict(),
+                "best": None if self.best is None else [self.best.step, self.best.loss, dict(self.best.by_task)],
+            },
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Stand where `snapshot` was taken."""
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(snapshot.tensors["weights.safetensors"][name])
+        self._write(snapshot.tensors["weights.safetensors"])
         load_optimizer_state(self.optimizers, snapshot.tensors["optimizer.safetensors"], snapshot.values["optimizer"])
         if snapshot.values["scaler"]:
             self.scaler.load_state_dict(snapshot.values["scaler"])
         if snapshot.values["best"] is not None:
-            self.best = (snapshot.values["best"][0], snapshot.values["best"][1])
+            self.best = HeldOut(*snapshot.values["best"])
             device = self.accelerator.device
             self.best_weights = {n: t.to(device) for n, t in snapshot.tensors["best.safetensors"].items()}
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        """Through the parameters, not their `data`: whoever keeps what was built from them is told by their version."""
+        for name, tensor in weights.items():
+            self.parameters[name].copy_(tensor)
 
     def _sources(self, data: Batches) -> dict[str, Batches]:
         splits = {group.split for group in self.stage.groups}

@@ -8,7 +8,7 @@ from torch import nn
 
 import mixwright as mw
 from mixwright.backbones.hf import build_backbone
-from mixwright.methods.tensorpoly.counting import Cost
+from mixwright.evaluation.task_cost import Cost
 from mixwright.methods.tensorpoly.model import TaskComposedModel
 
 T5_XL = {"d_model": 2048, "d_kv": 64, "num_heads": 32, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24}

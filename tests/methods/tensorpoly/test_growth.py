@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Grow, str]] = {
     "order": ("poly", {}, lambda m: m.grow_order(), "only tensorpoly-1 grows weights per order"),
     "to": ("tensorpoly-1", {}, lambda m: m.grow_order("poly"), "to='poly': expected tensorpoly-2 or entangled"),
     "straight": ("poly", {"straight_through": True}, lambda m: m.grow_terms(9), "grow without it"),
-    "twice": ("lora", {}, lambda m: m.grow_router(["a", "a"]), "'a' stands there twice"),
+    "others": ("lora", {}, lambda m: m.grow_router(["a"]), "the model has its own, nli, paraphrase, sentiment"),
 }
 
 
@@ -167,5 +167,7 @@ def test_a_router_needs_tasks() -> None:
     model = mw.compose("tensorpoly", backbone=tiny_backbone("llama"), experts="tlora", rank=2)
     with pytest.raises(ValueError, match="tasks: missing"):
         model.grow_router()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="'a' stands there twice"):
+        model.grow_router(["a", "a"])  # type: ignore[operator]
     model.grow_router(["only"])  # type: ignore[operator]
     assert model.tasks == ("only",)

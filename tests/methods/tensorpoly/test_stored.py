@@ -111,5 +111,9 @@ def test_the_card_tells_of_tasks_and_not_of_a_catalogue(tmp_path: Path) -> None:
     text = (tmp_path / "saved" / "README.md").read_text()
     assert "# tensorpoly: 3 tasks on " in text and "## Tasks" in text and "- sentiment\n" in text
     assert 'model.with_task("nli")' in text and "2405.16671" in text
+    assert "Their licence: not stated." in text
+    composed("tensorpoly-1", licence="CC-BY-4.0").save_pretrained(tmp_path / "licensed")
+    licensed = (tmp_path / "licensed" / "README.md").read_text()
+    assert "license: cc-by-4.0\n" in licensed and "Their licence: CC-BY-4.0." in licensed
     assert "## Experts" not in text and "not measured" not in text and "license:" not in text
     assert "- `rank`: 2" in text and "`tasks`" not in text

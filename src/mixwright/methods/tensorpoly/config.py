@@ -65,6 +65,8 @@ class TensorPolyConfig:
     """Gates are rounded to 0 or 1, with the gradient of what was rounded."""
     temperature: float = 1.0
     """tau of the noise (Poly, equation 4)."""
+    licence: str | None = None
+    """Licence of what is trained here, as an SPDX name, for the card of a saved composition; None states none."""
     seed: int = 0
     """Of the first values of leaves and Z. `mixwright train` passes the recipe's."""
     learning_rate: float = 1e-3
@@ -91,10 +93,6 @@ class TensorPolyConfig:
     fits its shots best, or what k-fold validation prefers."""
     folds: int = 4
     """k of that validation."""
-    sampling_temperature: float = 1.0
-    """Tasks are drawn in proportion to size ** (1 / this): 1 is by size (the paper), large is uniform."""
-    size_cap: int | None = None
-    """A task counts as no larger than this when tasks are drawn; None: no cap (the paper: 500 000 per data set)."""
     mutual_information: float = 0.0
     """Weight of usage entropy minus per-task entropy, which is made large: tasks choose sharply, and not all the same.
     Not in the paper; 0 is off, here and below."""
@@ -131,7 +129,7 @@ class TensorPolyConfig:
 def _unfit_counts(config: TensorPolyConfig) -> list[str]:
     """Numbers out of their range, in words."""
     least = {"rank": 1, "num_latent": 1, "heads": 1, "groups": 1, "steps": 1, "transfer_steps": 1, "folds": 2}
-    least |= {"order": 1, "size_cap": 1}
+    least |= {"order": 1}
     values = {name: getattr(config, name) for name in least}
     faults = [
         f"{name}={value}: expected a whole number of at least {least[name]}"
@@ -141,7 +139,7 @@ def _unfit_counts(config: TensorPolyConfig) -> list[str]:
     if config.order > MAX_ORDER:
         faults.append(f"order={config.order}: expected 1 to {MAX_ORDER}, the leaves of one tensor product")
     positive = ("temperature", "learning_rate", "router_learning_rate", "transfer_learning_rate")
-    positive += ("sampling_temperature", "clip")
+    positive += ("clip",)
     faults += [f"{name}={value}: expected more than 0" for name in positive if not (value := getattr(config, name)) > 0]
     shares = (config.warmup, config.cooldown)
     if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
@@ -207,6 +205,7 @@ class TensorPoly(Method):
 
 METHOD = TensorPoly(
     name="tensorpoly",
+    trains="composition",
     summary="trains latent experts, rank terms of tensor products, together on many tasks; each task has its own mix",
     config=TensorPolyConfig,
     paper=Paper(

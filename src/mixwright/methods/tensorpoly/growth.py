@@ -72,6 +72,8 @@ def grow_router(model: "TaskComposedModel", tasks: Sequence[str] | None = None) 
     named = tuple(tasks or config.tasks)
     if config.is_routed:
         raise ValueError(f"{config.experts} has weights per task already.")
+    if config.tasks and named != config.tasks:
+        raise ValueError(f"tasks: the model has its own, {', '.join(config.tasks[:5])}; leave tasks out.")
     if not named:
         raise ValueError("tasks: missing; give the names of the tasks that get weights.")
     latent = config.num_latent or 1

@@ -11,21 +11,24 @@ At a site with input x of task t, R latent experts s, and rank r:
 
 import math
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixwright.backbones.hf import provenance
+from mixwright.composition.by_task import of_task
+from mixwright.composition.exporting import Exported, export_lora
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import called_sites, probe
 from mixwright.config import decode
+from mixwright.evaluation.task_cost import Cost, count
 from mixwright.methods.tensorpoly.config import METHOD, TensorPolyConfig
-from mixwright.methods.tensorpoly.counting import Cost, count
 from mixwright.methods.tensorpoly.initial import Draw, check_alive, first_factors, first_logits
 from mixwright.methods.tensorpoly.latent import assemble, positions
 from mixwright.ops.digest import fingerprint
@@ -36,6 +39,9 @@ from mixwright.sites import Site, linear_sites
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
+    from mixwright.methods.tensorpoly.adapt import Adaptation, What
+    from mixwright.methods.tensorpoly.shots import Examples
+    from mixwright.methods.tensorpoly.similarity import Inputs, Likeness, Texts
 
 
 def compose(
@@ -164,6 +170,17 @@ class TaskComposedModel(ComposedModel):
                 table[path] = router.get_buffer("weights").expand(len(self.tasks), -1)
         return table
 
+    def export_lora(self, task: str | int | None, folder: str | Path) -> Exported:
+        """Write a task as an ordinary PEFT LoRA of rank r and alpha 1, with equal outputs: see `export_lora`.
+
+        None is for a kind that knows no tasks. `mixwright experts add` takes the folder, and so do PEFT and vLLM.
+        """
+        return export_lora(self, of_task(self, task), Path(folder), str(task or self.composition.method))
+
+    def fold_task(self, task: str | int | None) -> nn.Module:
+        """A copy of the backbone whose weights act as this model does under a task; see `ComposedModel.fold`."""
+        return self.fold(of_task(self, task))
+
     @property
     def settings(self) -> TensorPolyConfig:
         """The config that the model was composed with, or has grown to."""
@@ -186,6 +203,34 @@ class TaskComposedModel(ComposedModel):
         from mixwright.methods.tensorpoly.growth import grow_order
 
         return grow_order(self, to, tolerance)
+
+    def adapt(
+        self, task: str, examples: "Examples", what: "What | Literal['auto'] | None" = None, **options: Any
+    ) -> "Adaptation":
+        """Learn one task more from few examples, in place, by `all`, its `router` row or the `experts`: see `adapt`.
+
+        With "experts" and "all" the earlier tasks change too: save or export first what must stay. `options`: start,
+        steps, learning_rate, router_learning_rate, folds, seed, tokenizer, labels, batch_size, max_length, quiet.
+        """
+        from mixwright.methods.tensorpoly.adapt import adapt
+
+        return adapt(self, task, examples, what=what, **options)
+
+    def remember(self, task: str, texts: "Texts", **options: Any) -> int:
+        """Remember what texts of a task look like, for `with_similar`; saved with the model. See `similarity`."""
+        from mixwright.methods.tensorpoly.similarity import remember
+
+        return remember(self, task, texts, **options)
+
+    def with_similar(self, inputs: "Inputs", **options: Any) -> AbstractContextManager["Likeness"]:
+        """Inside the block each row is routed as the tasks that it resembles, uniformly where it resembles none.
+
+        `inputs`: texts, or `input_ids` and `attention_mask`; the passes inside have the same rows. Yields the guess
+        with its confidence. `tokenizer`, `temperature`, `threshold`: see `similarity.likeness`.
+        """
+        from mixwright.methods.tensorpoly.similarity import with_similar
+
+        return with_similar(self, inputs, **options)
 
     def cost(self) -> Cost:
         """How many numbers are stored, trained, and merged for one task."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
-from mixwright.composition.restoring import SiteState, by_site
+from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
 from mixwright.methods.tensorpoly.config import MATRIX, METHOD, TensorPolyConfig
 from mixwright.methods.tensorpoly.latent import assemble, positions, shapes
 from mixwright.methods.tensorpoly.model import TaskComposedModel, learned, pool, shared_by
+from mixwright.methods.tensorpoly.similarity import check_remembered
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.constant import ConstantRouter
 from mixwright.sites import Site, linear_sites
@@ -32,7 +33,8 @@ def restore(
         raise CatalogError(
             "SHAPE", "pool", f"it has {len(ids)} experts and the config num_latent={settled.num_latent}; they differ."
         )
-    stored = by_site(state, backbone)
+    of_sites, whole = of_whole(state)
+    stored = by_site(of_sites, backbone)
     if not stored:
         raise CatalogError("TENSOR", "added state", "it holds no tensor of any site.")
     seen = probe(backbone, list(stored))
@@ -45,8 +47,11 @@ def restore(
         experts = assemble(settled, down, up, site.d_in, site.d_out).to(device)
         router = _router(settled, stored[path], path, shared).to(device)
         mixtures[path] = Mixture(base, router, experts)
+    check_remembered(whole, len(settled.tasks))
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
-    return TaskComposedModel(backbone, mixtures, ids, described, seen).train(backbone.training)
+    model = TaskComposedModel(backbone, mixtures, ids, described, seen).train(backbone.training)
+    model.whole.update(whole)
+    return model
 
 
 def _factors(config: TensorPolyConfig, state: SiteState, site: Site) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,17 +1,14 @@
 """What a task-routed model costs in numbers: stored, trained, and merged for one task are three different counts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from mixwright.composition.model import ComposedModel
 from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.tensor import OrderedTensorExperts, TensorExperts
 from mixwright.ops.tensor_product import dead_entries
 from mixwright.routers.task import TaskLogits
-
-if TYPE_CHECKING:
-    from mixwright.methods.tensorpoly.model import TaskComposedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class Cost:
     """Of `stored`, entries that are never read, since the product is cut; none with `factorization="exact"`."""
 
 
-def count(model: "TaskComposedModel") -> Cost:
+def count(model: ComposedModel) -> Cost:
     """The cost of a model."""
     mixtures = model.mixtures
     experts = [mixture.experts for mixture in mixtures.values() if isinstance(mixture.experts, AbstractFactored)]

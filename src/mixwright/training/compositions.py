@@ -1,0 +1,252 @@
+"""From a recipe to a saved composition: each stage starts from what the one before left, and leaves a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixwright.composition.model import ComposedModel
+from mixwright.composition.saving import ADDED, COMPOSITION
+from mixwright.config import encode
+from mixwright.data.batches import Batches
+from mixwright.data.mixture import numbered
+from mixwright.files import sha256_file, write_atomic
+from mixwright.recipe import Recipe
+from mixwright.training.fit import fit
+from mixwright.training.fitted import Fitted
+from mixwright.training.job import Job
+from mixwright.training.processes import process_state
+from mixwright.training.run import (
+    Request,
+    StagePlan,
+    TrainingReport,
+    begin_report,
+    choose,
+    plan,
+    stage_record,
+    take_apart,
+)
+from mixwright.training.sources import batches
+from mixwright.training.stage import Stage, select_parameters
+
+Load = Callable[[str, nn.Module], ComposedModel]
+"""Puts a saved composition, a folder or a hub id, back onto its backbone."""
+
+FOLDER = "composition"
+_RECORD = "trained.json"
+
+
+def check_composition(recipe: Recipe) -> None:
+    """Raises ValueError naming a key of the recipe that a method which trains compositions has no use for."""
+    for key, given in (("expert", recipe.expert), ("catalog", recipe.catalog)):
+        if given is not None:
+            raise ValueError(
+                f"recipe.{key}: {recipe.method} trains a whole composition, which goes to output_dir; leave {key} out."
+            )
+
+
+def with_task_names(recipe: Recipe, config: type[Any]) -> Recipe:
+    """The recipe with the names of its tasks in the method's config, where that has `tasks` and the recipe none.
+
+    Raises ValueError for a task that the config does not name.
+    """
+    names = list(recipe.data.tasks or ())
+    if not names or "tasks" not in {field.name for field in fields(config)}:
+        return recipe
+    given = recipe.config.get("tasks")
+    if given is None:
+        return replace(recipe, config={**recipe.config, "tasks": names})
+    strange = [name for name in names if name not in given]
+    if strange:
+        raise ValueError(f"recipe.data.tasks.{strange[0]}: config.tasks does not name it ({', '.join(given)}).")
+    return recipe
+
+
+def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Request) -> TrainingReport:
+    """Train the stages whose data the recipe has, in order, or one of them; each leaves `<stage>/composition`.
+
+    The first starts from `recipe.composition`, or afresh; a later one from what the one before left, so that they may
+    run on different days. A composition appears whole or not at all, when its stage is done. `resume` goes on where a
+    run of the same recipe was cut off.
+
+    Raises ValueError for an unknown stage, one without data, a composition that is there already, whatever a stage
+    says to what it finds, and whatever `fit` refuses.
+    """
+    chosen = _chosen(job, stages, request.only)
+    report = begin_report(job)
+    for stage in chosen:
+        if (_folder(job, stage) / COMPOSITION).exists() and not (request.resume or request.force):
+            raise ValueError(
+                f"{_folder(job, stage)} holds what stage {stage.name} left; train only another stage, go on with "
+                "resume, take another output_dir, or start over with force."
+            )
+    if request.dry_run:
+        return replace(report, plans=_planned(job, stages, chosen, load))
+    for stage in chosen:
+        before = _before(job, stages, stage)
+        folder = _folder(job, stage)
+        if request.resume and _is_done(job, stage, before):
+            report = replace(report, skipped=(*report.skipped, stage.name), composition=str(folder))
+            continue
+        fitted = _train(job, stage, before, load, request)
+        report = replace(report, stages={**report.stages, stage.name: fitted}, composition=str(folder))
+    return report
+
+
+def _train(job: Job, stage: Stage, before: str | None, load: Load, request: Request) -> Fitted:
+    model = _built(job, stage, None if before is None else load(before, job.backbone))
+    try:
+        _refuse_unsaved(model, stage)
+        fitted = _fitted(job, stage, model, before, request)
+        if stage.finish is not None:
+            stage.finish(model, job)
+        if process_state().is_main_process:
+            _save(job, stage, model, before, fitted)
+    finally:
+        take_apart(model)
+    process_state().wait_for_everyone()
+    return fitted
+
+
+def _fitted(job: Job, stage: Stage, model: ComposedModel, before: str | None, request: Request) -> Fitted:
+    if stage.own_way is not None:
+        return stage.own_way(model, job, request.quiet)
+    known = tuple(getattr(model, "tasks", ()))
+    return fit(
+        model,
+        stage,
+        numbered(_data(job, stage), known),
+        config=job.recipe.train,
+        seed=job.recipe.seed,
+        folder=job.folder / stage.name,
+        validation=None if job.validation is None else numbered(job.validation, known),
+        identity=_identity(job, stage, before),
+        resume=request.resume,
+        force=request.force,
+        quiet=request.quiet,
+    )
+
+
+def _built(job: Job, stage: Stage, before: ComposedModel | None) -> ComposedModel:
+    """The model of a stage; the backbone is as it was where there is none."""
+    try:
+        model = before if stage.build is None else stage.build(job.backbone, job.recipe.seed, before)
+        if not isinstance(model, ComposedModel):
+            raise ValueError(f"stage {stage.name} builds a {type(model).__name__}; expected a composed model.")
+    except BaseException:
+        take_apart(before)
+        raise
+    return model
+
+
+def _save(job: Job, stage: Stage, model: ComposedModel, before: str | None, fitted: Fitted) -> None:
+    """The composition first, then the record that it is done: cut off in between, the stage is saved again."""
+    folder = _folder(job, stage)
+    model.save_pretrained(folder)
+    record = {
+        "run": _run(job, stage, before),
+        "added": sha256_file(folder / ADDED),
+        "method": job.recipe.method,
+        "config": dict(job.recipe.config),
+        "seed": job.recipe.seed,
+        "train": encode(job.recipe.train),
+        "data": dict(_identity(job, stage, before)),
+        "stage": {**stage_record(stage, fitted), "held_out_losses": dict(fitted.held_out), "said": fitted.said},
+    }
+    write_atomic(folder.parent / _RECORD, json.dumps(record, indent=1).encode())
+
+
+def _is_done(job: Job, stage: Stage, before: str | None) -> bool:
+    """Whether the same run of this stage, from the same start, saved the composition that is there."""
+    folder = _folder(job, stage)
+    try:
+        record: dict[str, Any] = json.loads((folder.parent / _RECORD).read_text(encoding="utf-8"))
+        return record["run"] == _run(job, stage, before) and record["added"] == sha256_file(folder / ADDED)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _identity(job: Job, stage: Stage, before: str | None) -> dict[str, str]:
+    """What the weights of a stage depend on, beside its own settings."""
+    identity = {**job.identity, "composition": "none" if before is None else _name_of(before)}
+    if stage.data == "new_tasks":
+        identity["new_tasks"] = _data(job, stage).digest
+    return identity
+
+
+def _name_of(before: str) -> str:
+    """A folder's content by its digest; a hub id by itself."""
+    added = Path(before) / ADDED
+    return sha256_file(added) if added.is_file() else before
+
+
+def _run(job: Job, stage: Stage, before: str | None) -> str:
+    text = json.dumps([job.run, stage.name, _identity(job, stage, before)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _chosen(job: Job, stages: Sequence[Stage], only: str | None) -> tuple[Stage, ...]:
+    """The stages to run. Raises ValueError for one whose data the recipe does not have."""
+    if only is None:
+        return _covered(job, stages)
+    (stage,) = choose(stages, only)
+    if stage not in _covered(job, stages):
+        key = "data.new_tasks" if stage.data == "new_tasks" else "data.tasks"
+        raise ValueError(f"recipe.{key}: missing; stage {stage.name} learns from it.")
+    return (stage,)
+
+
+def _covered(job: Job, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages whose data the recipe has."""
+    there = {"train": job.data is not None, "new_tasks": bool(job.new_tasks)}
+    return tuple(stage for stage in stages if there[stage.data])
+
+
+def _before(job: Job, stages: Sequence[Stage], stage: Stage) -> str | None:
+    """What a stage starts from: what the one before it left, if anything; for the first, the recipe's composition."""
+    covered = _covered(job, stages)
+    place = covered.index(stage)
+    if place == 0:
+        return job.recipe.composition
+    folder = _folder(job, covered[place - 1])
+    return str(folder) if (folder / COMPOSITION).is_file() else None
+
+
+def _folder(job: Job, stage: Stage) -> Path:
+    return job.folder / stage.name / FOLDER
+
+
+def _data(job: Job, stage: Stage) -> Batches:
+    if stage.data == "train":
+        assert job.data is not None
+        return job.data
+    return batches(job.recipe, tuple(job.new_tasks.values()), job.tokenizer, job.kind, mixed=True)
+
+
+def _planned(job: Job, stages: Sequence[Stage], chosen: Sequence[Stage], load: Load) -> tuple[StagePlan, ...]:
+    """Each stage on the untrained model of the one before."""
+    plans: list[StagePlan] = []
+    first = _before(job, stages, chosen[0])
+    model = None if first is None else load(first, job.backbone)
+    try:
+        for stage in chosen:
+            model = _built(job, stage, model)
+            _refuse_unsaved(model, stage)
+            data = _data(job, stage)
+            known = tuple(getattr(model, "tasks", ()))
+            plans.append(plan(job, stage, model, data if stage.own_way else numbered(data, known)))
+    finally:
+        take_apart(model)
+    return tuple(plans)
+
+
+def _refuse_unsaved(model: ComposedModel, stage: Stage) -> None:
+    """A stage that trains what `save_pretrained` does not write would lose it: an error of the method."""
+    kept = {tensor.data_ptr() for tensor in model.added_state().values()}
+    for group in select_parameters(model, stage.groups):
+        for name, parameter in group.items():
+            assert parameter.data_ptr() in kept, f"stage {stage.name} trains {name}, which is not saved"
