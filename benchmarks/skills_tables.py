@@ -116,12 +116,14 @@ def claims(results: Results) -> str:
         ("Poly", "LoRA, shared"), ("MHR", "LoRA, shared"), ("Poly", "TensorPoly-I"),
         ("TensorPoly-I", "TensorPoly-I N=4"), ("entangled G=3", "entangled N=4 G=5"),
         ("TensorPoly-I, released", "TensorPoly-I"), ("TensorPoly-II, released", "TensorPoly-II"),
-        ("entangled G=3", "TensorPoly-I"), ("entangled G=6", "TensorPoly-I R=12"), ("entangled G=3", "LoRA, shared"),
+        ("entangled G=3", "TensorPoly-I"), ("entangled G=4", "TensorPoly-I R=12"),
+        ("TensorPoly-I R=12", "Poly r=4"), ("entangled G=3", "LoRA, shared"),
     ):  # fmt: skip
         add(f"{ours} below {theirs}", "plain", ours, theirs)
     for exam in ("between", "separable"):
         for ours, theirs in (("TensorPoly-I", "TensorPoly-II"), ("entangled G=3", "TensorPoly-II"),
-                             ("entangled G=3", "TensorPoly-I"), ("TensorPoly-II", "TensorPoly-I")):  # fmt: skip
+                             ("entangled G=2", "TensorPoly-I"), ("TensorPoly-I", "Poly"),
+                             ("TensorPoly-II", "Poly")):  # fmt: skip
             add(f"{ours} below {theirs}", exam, ours, theirs)
     return markdown(["ordering", "skills", "seeds (mean relative difference)"], rows)
 
@@ -151,6 +153,8 @@ def main() -> None:
         ("Plain low-rank skills", held_in(results["plain"])),
         ("New compositions from few shots", few_shot(results["plain"])),
         ("Router alone against everything", router_only(results["plain"])),
+        ("Training compositions that come back", few_shot(results["seen compositions"])),
+        ("Router alone against everything, compositions that come back", router_only(results["seen compositions"])),
         ("Separability of the skills", separability(results)),
         ("Separable skills", held_in(results["separable"])),
         ("One learning rate or two", one_rate(results)),
