@@ -59,3 +59,14 @@ def x_lora(model: Any, num_experts: int, top_k: int, scalings: Tensor) -> Any:
     target = model.base_model.model.site
     layer = XLoraLinearLayer(owner, target, target.forward, 0, config)
     return lambda x: layer.forward(x, scalings=scalings[None, :, None, :])
+
+
+def poly(base: nn.Linear, skills: int, tasks: int, rank: int) -> Any:
+    """PEFT's own Poly layer around `base`; takes x (batch, tokens, d_in) and `task_ids` (batch,)."""
+    from peft import PolyConfig
+    from peft.tuners.poly.layer import Linear
+
+    config = PolyConfig(r=rank, n_tasks=tasks, n_skills=skills, n_splits=1, init_weights=False)
+    layer = Linear(base, "poly", config)
+    base.requires_grad_(False)
+    return layer

@@ -14,7 +14,7 @@ from mixwright.ops.dispatch import combine_lora, lora_reference
 @pytest.fixture(scope="module")
 def function(tmp_path_factory):
     try:
-        return kernels.load("auto", tmp_path_factory.mktemp("kernels"))
+        return kernels.load("auto", tmp_path_factory.mktemp("kernels")).add_lora
     except kernels.KernelUnavailable as reason:
         pytest.skip(str(reason))
 

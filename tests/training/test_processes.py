@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mixwright.backbones.hf import byte_tokenizer
+from mixwright.backbones.tiny import tiny_backbone
+from mixwright.yaml12 import write_yaml
+
 HERE = Path(__file__).parent
 
 
@@ -37,3 +41,25 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() <= 1e-6, name
+
+
+@pytest.mark.slow
+def test_two_processes_save_one_composition(tmp_path: Path) -> None:
+    tiny_backbone("llama").save_pretrained(tmp_path / "backbone")
+    byte_tokenizer().save_pretrained(tmp_path / "backbone")
+    for name in ("a", "b"):
+        rows = [json.dumps({"prompt": f"{name}{n}:", "completion": name * (1 + n % 3)}) for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    content = {
+        "method": "tensorpoly",
+        "backbone": str(tmp_path / "backbone"),
+        "data": {"tasks": {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b")}, "max_length": 16},
+        "config": {"rank": 2, "num_latent": 2, "steps": 4, "target_modules": ["q_proj"]},
+    }
+    (tmp_path / "recipe.yaml").write_text(write_yaml(content))
+    verb = ("mixwright", "train", str(tmp_path / "recipe.yaml"), "--set")
+    python("-m", *verb, f"output_dir={tmp_path / 'one'}", "--set", "train.accumulate=2")
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
+    python(*launch, *verb, f"output_dir={tmp_path / 'two'}")
+    one, two = (load_file(tmp_path / run / "multitask/composition/added.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys() and all((one[name] - two[name]).abs().max() <= 1e-6 for name in one)

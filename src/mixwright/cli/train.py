@@ -24,6 +24,14 @@ _RECIPE = (
     "mixwright train law.yaml --resume",
     "mixwright train law.yaml --stage gate --set config.gate_steps=200",
     "torchrun --nproc-per-node 4 -m mixwright train law.yaml",
+    "",
+    "cat tasks.yaml",
+    "method: tensorpoly",
+    "backbone: my-backbone",
+    "output_dir: runs/tasks",
+    "data: {tasks: {nli: data/nli, paraphrase: data/paraphrase}, new_tasks: {irony: few.jsonl}}",
+    "mixwright train tasks.yaml",
+    "mixwright explain runs/tasks/transfer/composition",
 )
 
 
@@ -95,10 +103,11 @@ def _show_plan(report: "TrainingReport") -> None:
     say = console().print
     for plan in report.plans:
         parts = (f"{name}: {count:,} at rate {rate:g}" for name, (count, rate) in plan.groups.items())
-        say(f"{plan.name} trains {'; '.join(parts)}", markup=False)
+        say(f"{plan.name} trains{' at most' if plan.at_most else ''} {'; '.join(parts)}", markup=False)
     held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
     longest = f"; longest of some: {report.longest} tokens" if report.longest else ""
-    say(f"{report.kind} model; {report.examples} examples{held_out}{longest}.")
+    examples = f"{report.examples} examples" if report.examples else f"{sum(report.new_tasks.values())} shots"
+    say(f"{report.kind} model; {examples}{held_out}{longest}.")
     _say_tasks(report)
     for plan in report.plans[:1]:
         say(f"sites: {', '.join(plan.sites[:4])}{', ...' if len(plan.sites) > 4 else ''}")
@@ -106,9 +115,13 @@ def _show_plan(report: "TrainingReport") -> None:
 
 
 def _say_tasks(report: "TrainingReport") -> None:
-    for words, tasks in (("tasks", report.tasks), ("new tasks", report.new_tasks)):
+    listed = (("tasks", report.tasks), ("held out", report.validation_tasks), ("new tasks", report.new_tasks))
+    for words, tasks in listed:
         if tasks:
             console().print(f"{words}: {', '.join(f'{name} ({count})' for name, count in tasks.items())}", markup=False)
+    blind = [name for name in report.tasks if name not in report.validation_tasks]
+    if blind and report.validation_tasks:
+        console().print(f"without a validation.jsonl, so that no checkpoint is chosen by it: {', '.join(blind)}")
 
 
 def _show_result(report: "TrainingReport", catalog: str | None) -> None:
@@ -140,6 +153,7 @@ def _show_result(report: "TrainingReport", catalog: str | None) -> None:
             f"expert {report.expert} is in the catalogue; see it with: mixwright experts show {catalog} {report.expert}"
         )
     if report.composition is not None:
-        say(
-            f"the composition is in {report.composition}; next: mixwright run {report.composition} --help", markup=False
-        )
+        say(f"the composition is in {report.composition}; see it with: mixwright explain {report.composition}")
+        names = [*report.new_tasks, *report.tasks]
+        if names and report.kind != "encoder":
+            say(f"try it with: mixwright run {report.composition} --task {names[0]} --prompt TEXT", markup=False)

@@ -54,7 +54,9 @@ class Mixture(nn.Module):
     def _fresh(self) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
         base = self.base
-        return base is not None and not base._forward_hooks and linear_site("", base) is not None
+        if base is None or base._forward_hooks:
+            return False
+        return isinstance(base, nn.Linear) or linear_site("", base) is not None
 
     def _with_batch_axis(self, x: Tensor) -> Tensor:
         lengths = self.channel.lengths.get(self.stream) if self.flat else None

@@ -19,8 +19,8 @@ Built = tuple[Tensor, Tensor, Tensor | None]
 class FactorCache:
     """Built factors by tasks and type; valid while the weights are equal and the leaves unwritten.
 
-    `latest` answers without looking at a single weight when the very same routing comes again. A copy or a pickle
-    starts empty, and so does whoever calls `forget`.
+    `latest` answers at once when the very same routing comes again. A copy or a pickle starts empty, and so does
+    whoever calls `forget`.
     """
 
     def __init__(self) -> None:
@@ -30,15 +30,16 @@ class FactorCache:
         """As new."""
         self._leaves: tuple[Any, ...] = ()
         self._entries: dict[Any, tuple[Tensor, Built]] = {}
-        self._latest: tuple[Routing, int | None, Any, Built] | None = None
+        self._latest: tuple[Routing, Tensor | int, Any, Built] | None = None
 
     def latest(self, routing: Routing, how: Any, leaves: Sequence[Tensor]) -> Built | None:
         """What was built for this routing object at the last call, if it was asked for the same way."""
         latest = self._latest
-        if latest is None or latest[0] is not routing or latest[2] != how:
+        if latest is None or latest[0] is not routing or latest[2] != how or not self._unwritten(leaves):
             return None
-        counted = _version(routing.weights)
-        return latest[3] if counted is not None and counted == latest[1] and self._unwritten(leaves) else None
+        weights, seen = routing.weights, latest[1]
+        same = weights._version == seen if isinstance(seen, int) else torch.equal(weights, seen)  # pyright: ignore[reportPrivateUsage]
+        return latest[3] if same else None
 
     def find(self, routing: Routing, how: Any, key: Any, weights: Tensor, leaves: Sequence[Tensor]) -> Built | None:
         """What was built under `key` for equal weights."""
@@ -48,33 +49,34 @@ class FactorCache:
         entry = self._entries.get(key)
         if entry is None or not torch.equal(entry[0], weights):
             return None
-        self._latest = (routing, _version(routing.weights), how, entry[1])
+        self._latest = (routing, _state(routing.weights), how, entry[1])
         return entry[1]
 
     def keep(
         self, routing: Routing, how: Any, key: Any, weights: Tensor, leaves: Sequence[Tensor], built: Built
     ) -> None:
         """Remember `built`; the oldest are dropped when too many choices are kept."""
-        versions = tuple((leaf, _version(leaf), leaf.data_ptr()) for leaf in leaves)
-        if any(counted is None for _, counted, _ in versions) or len(built[0]) > MOST:
+        if any(leaf.is_inference() for leaf in leaves) or len(built[0]) > MOST:
             return
-        self._leaves = versions
+        self._leaves = tuple((leaf, leaf._version, leaf.data_ptr()) for leaf in leaves)  # pyright: ignore[reportPrivateUsage]
         self._entries.pop(key, None)
         self._entries[key] = (weights.detach().clone(), built)
         while sum(len(entry[0]) for _, entry in self._entries.values()) > MOST:
             del self._entries[next(iter(self._entries))]
-        self._latest = (routing, _version(routing.weights), how, built)
+        self._latest = (routing, _state(routing.weights), how, built)
 
     def _unwritten(self, leaves: Sequence[Tensor]) -> bool:
-        return len(leaves) == len(self._leaves) and all(
-            leaf is seen and not leaf.is_inference() and leaf._version == counted and leaf.data_ptr() == place  # pyright: ignore[reportPrivateUsage]
-            for leaf, (seen, counted, place) in zip(leaves, self._leaves)
-        )
+        if len(leaves) != len(self._leaves):
+            return False
+        for leaf, (seen, count, place) in zip(leaves, self._leaves):
+            if leaf is not seen or leaf._version != count or leaf.data_ptr() != place:  # pyright: ignore[reportPrivateUsage]
+                return False
+        return True
 
     def __reduce__(self) -> Any:
         return FactorCache, ()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None for one made in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]  (the only counter)
+def _state(tensor: Tensor) -> Tensor | int:
+    """How often a tensor was written to; of one made in inference mode, which does not count, what it holds."""
+    return tensor.clone() if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]

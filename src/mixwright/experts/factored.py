@@ -95,15 +95,12 @@ class AbstractFactored(AbstractExperts):
 
     def _built(self, x: Tensor, routing: Routing, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Factors in the type to compute in, and which of them each row takes; None where every token has its own."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if _autocasts(x) else x.dtype
-        leaves = self.leaves()
-        recorded = torch.is_grad_enabled() and (
-            routing.weights.requires_grad or any(leaf.requires_grad for leaf in leaves)
-        )
-        if self.training or recorded or device == "meta" or torch.compiler.is_compiling():
+        dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+        if self.training or torch.compiler.is_compiling() or x.is_meta:
             return self._anew(x, dtype, routing, condition)
-        how = (x.dim(), dtype)
+        leaves, how = self.leaves(), (x.dim(), dtype)
+        if torch.is_grad_enabled() and (routing.weights.requires_grad or any(leaf.requires_grad for leaf in leaves)):
+            return self._anew(x, dtype, routing, condition)
         kept = self._kept.latest(routing, how, leaves)
         if kept is not None:
             return kept
@@ -130,7 +127,7 @@ class AbstractFactored(AbstractExperts):
         choices, row = distinct(choices, condition.task_ids)
         with _as_it_is(x):
             down, up = self.factors(choices)
-        return down.to(dtype), up.to(dtype), row
+        return (down, up, row) if down.dtype == dtype else (down.to(dtype), up.to(dtype), row)
 
     def _by_row(self, routing: Routing, x: Tensor) -> Tensor | None:
         """Weights `(batch or 1, [positions,] experts)`, or None if they vary by token."""

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.low_rank import low_rank_mixed
 from mixwright.ops.tensor_gram import update_products
 
 
@@ -57,8 +58,7 @@ class PolyExperts(AbstractFactored):
         """All experts as two products, weighted between them: sum_s w_s (x A_s), then sum_s w_s (h B_s)."""
         x, weights = x.to(self.down.dtype), weights.to(self.down.dtype)
         if self.positions is None:
-            hidden = torch.einsum("ti,sri,ts->tr", x, self.down, weights)
-            return torch.einsum("tr,ts,sro->to", hidden, weights, self.up)
+            return low_rank_mixed(x, self.down, self.up, weights)
         down, up = (stored.unflatten(2, (self.heads, -1)) for stored in (self.down, self.up))
         inner = torch.einsum("thi,srhi->thsr", x.unflatten(1, (self.heads, -1)), down)
         hidden = torch.einsum("thsr,ths->tr", inner, weights)

@@ -7,8 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.factored import AbstractFactored
+from mixwright.ops.fused_build import build_factors
+from mixwright.ops.low_rank import low_rank_mixed
 from mixwright.ops.tensor_gram import order_grams, term_grams, update_products
-from mixwright.ops.tensor_product import build, expand, mix, project
+from mixwright.ops.tensor_product import expand, materialise, mix, project
+
+FEW_TOKENS = 4
 
 
 class TensorExperts(AbstractFactored):
@@ -35,23 +39,28 @@ class TensorExperts(AbstractFactored):
 
     def leaves(self) -> tuple[Tensor, ...]:
         """Those of A by order position, then those of B."""
-        return (*self.down, *self.up)
+        return _all(self.down, self.up)
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
     ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
         """Both factors by the fused build."""
-        down, up = tuple(self.down), tuple(self.up)
-        weights = weights.to(down[0].dtype)
-        return build(down, weights, self.d_in, self.norm), build(up, weights, self.d_out, self.norm)
+        leaves = self.leaves()
+        down, up = leaves[: self.order], leaves[self.order :]
+        if weights.dtype != down[0].dtype:
+            weights = weights.to(down[0].dtype)
+        return build_factors(down, up, weights, self.d_in, self.d_out, self.norm)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
     ) -> Float[Tensor, "tokens d_out"]:
-        """By mode products."""
+        """By mode products; many tokens share the products of all terms, which cost what a mode product of one does."""
         down, up = tuple(self.down), tuple(self.up)
-        weights = weights.to(down[0].dtype)
-        hidden = project(x.to(down[0].dtype), down, weights, self.norm)
+        x, weights = x.to(down[0].dtype), weights.to(down[0].dtype)
+        if len(x) > FEW_TOKENS:
+            terms = materialise(down, self.d_in, self.norm), materialise(up, self.d_out, self.norm)
+            return low_rank_mixed(x, *terms, weights)
+        hidden = project(x, down, weights, self.norm)
         return expand(hidden, up, weights, self.d_out, self.norm)
 
     def contribution(
@@ -90,7 +99,7 @@ class OrderedTensorExperts(AbstractFactored):
 
     def leaves(self) -> tuple[Tensor, ...]:
         """Those of A by order position, then those of B."""
-        return (*self.down, *self.up)
+        return _all(self.down, self.up)
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
@@ -99,10 +108,7 @@ class OrderedTensorExperts(AbstractFactored):
         down, up = tuple(self.down), tuple(self.up)
         weights = weights.to(down[0].dtype)
         ones = weights.new_ones((len(weights), self.groups))
-        return (
-            build(mix(down, weights), ones, self.d_in, self.norm),
-            build(mix(up, weights), ones, self.d_out, self.norm),
-        )
+        return build_factors(mix(down, weights), mix(up, weights), ones, self.d_in, self.d_out, self.norm)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
@@ -128,6 +134,11 @@ class OrderedTensorExperts(AbstractFactored):
 
 def _wide(leaves: Iterable[Tensor]) -> list[Tensor]:
     return [leaf.detach().double() for leaf in leaves]
+
+
+def _all(down: nn.ParameterList, up: nn.ParameterList) -> tuple[Tensor, ...]:
+    """The leaves of both; asking the lists for them one by one takes longer than a small layer does."""
+    return (*down._parameters.values(), *up._parameters.values())  # type: ignore[return-value]
 
 
 def _refuse_misfit(down: Sequence[Tensor], up: Sequence[Tensor], d_in: int, d_out: int) -> None:

@@ -25,7 +25,9 @@ def add_lora(
     """out_t += sum_k w_tk s_e B_e A_e x_t by the cheapest path; the compiled one where it is loaded and fits."""
     native = kernels.kernel() if kernels.fits(out, x, down, up, scale) else None
     if native is not None:
-        return kernels.add_native(native, out, x, down, up, scale, weights.float().contiguous(), indices.contiguous())
+        return kernels.add_native(
+            native.add_lora, out, x, down, up, scale, weights.float().contiguous(), indices.contiguous()
+        )
     (tokens, k), (experts, rank, d_in) = indices.shape, down.shape
     one_by_one = cheaper_one_by_one(tokens, k, experts=experts, rank=rank, width=d_in + up.shape[1])
     return (add_each if one_by_one else add_grouped)(out, x, down, up, scale, weights, indices)

@@ -1,8 +1,8 @@
-"""The compiled twin of `add_grouped`: one C file, built on first use into the user's cache, never needed.
+"""Compiled twins of `add_grouped` and of the fused `build`: built on first use into the user's cache, never needed.
 
 MIXWRIGHT_KERNELS says what may happen: `auto` (the default) builds once where a C compiler is found and says so in the
 log, `built` uses what an earlier run built, `off` stays with torch. Whatever fails leaves torch's own path in use, and
-`status()` says why. The kernel takes threads from the OpenMP runtime that torch has loaded; it links none of its own.
+`status()` says why. The kernels take threads from the OpenMP runtime that torch has loaded and link none of their own.
 """
 
 import ctypes
@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
-SOURCE = Path(__file__).parent / "native" / "lora.c"
+SOURCES = tuple(Path(__file__).parent / "native" / name for name in ("lora.c", "tensor_product.c"))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,16 @@ class KernelUnavailable(Exception):
     """Why the compiled path is not in use."""
 
 
-def kernel() -> Callable[..., int] | None:
-    """The C function, built if it may be; None where torch's own path has to do."""
+class Kernels(NamedTuple):
+    """The C functions; `ops/accumulate.py` and `ops/fused_build.py` call them."""
+
+    add_lora: Callable[..., int]
+    build: Callable[..., None]
+    build_backward: Callable[..., None]
+
+
+def kernel() -> Kernels | None:
+    """The C functions, built if they may be; None where torch's own path has to do."""
     found = _loaded(os.environ.get(SETTING, "auto"), os.environ.get("XDG_CACHE_HOME"))
     return None if isinstance(found, str) else found
 
@@ -53,7 +62,7 @@ def status() -> str:
 
 
 @cache  # a library can be loaded into a process only once, so what is known of it belongs to the process
-def _loaded(setting: str, cache_home: str | None) -> Callable[..., int] | str:
+def _loaded(setting: str, cache_home: str | None) -> Kernels | str:
     del cache_home  # only tells one cache folder from another
     try:
         return load(setting, cache_folder())
@@ -63,8 +72,8 @@ def _loaded(setting: str, cache_home: str | None) -> Callable[..., int] | str:
         return str(reason)
 
 
-def load(setting: str, folder: Path) -> Callable[..., int]:
-    """The C function from the library in `folder`, compiled first if `setting` is `auto` and it is not there.
+def load(setting: str, folder: Path) -> Kernels:
+    """The C functions from the library in `folder`, compiled first if `setting` is `auto` and it is not there.
 
     Raises KernelUnavailable, OSError or SubprocessError.
     """
@@ -76,25 +85,29 @@ def load(setting: str, folder: Path) -> Callable[..., int]:
     if not path.exists():
         if setting == "built":
             raise KernelUnavailable(f"{SETTING}=built, and nothing is built in {folder}")
-        build(path)
+        compile_to(path)
     _refuse_foreign(path)
-    function = ctypes.CDLL(str(path)).mixwright_add_lora
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 2
-    function.restype = ctypes.c_int
-    return function
+    held = ctypes.CDLL(str(path))
+    add_lora, build, backward = held.mixwright_add_lora, held.mixwright_build, held.mixwright_build_backward
+    add_lora.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 2
+    build.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 9
+    backward.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 9
+    add_lora.restype, build.restype, backward.restype = ctypes.c_int, None, None
+    return Kernels(add_lora, build, backward)
 
 
-def build(path: Path) -> None:
+def compile_to(path: Path) -> None:
     """Compile to `path`, whole or not at all. Raises KernelUnavailable, OSError or SubprocessError."""
     command = compiler()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    logger.info("compiling the dispatch kernel with %s, once, into %s", command, path)
+    logger.info("compiling the kernels with %s, once, into %s", command, path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, linked = Path(folder) / "lora.o", Path(folder) / "lora.so"
+        linked = Path(folder) / "kernels.so"
+        made = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
         # Linking without -fopenmp leaves its symbols to torch's runtime: one pool of threads.
         for step in (
-            [command, *FLAGS, "-c", str(SOURCE), "-o", str(made)],
-            [command, "-shared", str(made), "-o", str(linked)],
+            *([command, *FLAGS, "-c", str(source), "-o", str(to)] for source, to in zip(SOURCES, made, strict=True)),
+            [command, "-shared", *map(str, made), "-o", str(linked)],
         ):
             done = subprocess.run(step, capture_output=True, text=True, timeout=120)
             if done.returncode:
@@ -120,10 +133,10 @@ def cache_folder() -> Path:
 
 
 def library(folder: Path) -> Path:
-    """The library's path, named for the source, the flags, torch and the processor: any change makes another file."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    """The library's path, named for the sources, the flags, torch and the processor: any change makes another file."""
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     digest.update(f"{FLAGS}{torch.__version__}{_processor()}".encode())
-    return folder / f"lora-{digest.hexdigest()[:16]}.so"
+    return folder / f"kernels-{digest.hexdigest()[:16]}.so"
 
 
 @cache  # read from a file, and it cannot change

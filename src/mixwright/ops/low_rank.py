@@ -39,21 +39,35 @@ def low_rank(
     output to which the result is added; it is overwritten where no gradient is recorded, so hand over only a tensor
     that nobody else holds. Computed in the factors' type, which must be that of `onto`.
     """
-    x, d_out = x.to(down.dtype), up.shape[2]
-    if len(down) == 1:
-        hidden = torch.nn.functional.linear(x, down[0])
-        if onto is None:
-            return (hidden * scale) @ up[0]
-        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
-        return add(onto.reshape(-1, d_out), hidden.reshape(-1, hidden.shape[-1]), up[0], alpha=scale).view(onto.shape)
+    if x.dtype != down.dtype:
+        x = x.to(down.dtype)
     if row is not None:
         down, up = down[row], up[row]
-    shape = (len(down), x.shape[:-1].numel() // max(1, len(down)))
-    hidden = torch.bmm(x.reshape(*shape, x.shape[-1]), down.transpose(1, 2))
-    if onto is None:
-        return torch.bmm(hidden * scale, up).view(*x.shape[:-1], d_out)
-    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
-    return add(onto.reshape(*shape, d_out), hidden, up, alpha=scale).view(onto.shape)
+    in_place = onto is not None and not torch.is_grad_enabled()
+    if x.dim() == 3 and len(x) == len(down):
+        rows, target = x, onto
+    else:
+        shape = (len(down), x.shape[:-1].numel() // max(1, len(down)))
+        rows = x.reshape(*shape, x.shape[-1])
+        target = None if onto is None else onto.reshape(*shape, up.shape[2])
+    hidden = torch.bmm(rows, down.transpose(1, 2))
+    if onto is None or target is None:
+        return torch.bmm(hidden * scale, up).view(*x.shape[:-1], up.shape[2])
+    add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+    out = add(target, hidden, up, alpha=scale)
+    return out if target is onto else out.view(onto.shape)
+
+
+def low_rank_mixed(
+    x: Float[Tensor, "tokens d_in"],
+    down: Float[Tensor, "experts rank d_in"],
+    up: Float[Tensor, "experts rank d_out"],
+    weights: Float[Tensor, "tokens experts"],
+) -> Float[Tensor, "tokens d_out"]:
+    """(x sum_s w_s A_s) sum_s w_s B_s with weights of its own for every token, as two products over all experts."""
+    hidden = torch.einsum("ti,sri->tsr", x, down)
+    hidden = torch.einsum("tsr,ts->tr", hidden, weights)
+    return torch.einsum("tsr,sro->to", hidden[:, None] * weights[..., None], up)
 
 
 def solve_shifted(

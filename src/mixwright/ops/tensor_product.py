@@ -140,7 +140,7 @@ def mix(
 ) -> tuple[Float[Tensor, "*choices groups rank _"], ...]:
     """Order routing: each order position chooses among its own leaves, sum_s w_ns u_s^(n)."""
     return tuple(
-        torch.einsum("...s,sgrq->...grq", weights[..., n if weights.shape[-2] > 1 else 0, :], leaf)
+        (weights[..., n if weights.shape[-2] > 1 else 0, :] @ leaf.flatten(1)).unflatten(-1, leaf.shape[1:])
         for n, leaf in enumerate(leaves)
     )
 

@@ -36,6 +36,8 @@ class StagePlan:
     steps: int
     trainable: int
     groups: dict[str, tuple[int, float]]
+    at_most: bool
+    """Whether the stage finds out by itself what it trains of `groups`."""
     sites: tuple[str, ...]
     examples_per_step: int
     memory: dict[str, int]
@@ -56,6 +58,8 @@ class TrainingReport:
     """The folder of the last composition that was saved."""
     tasks: dict[str, int] = field(default_factory=dict[str, int])
     """Examples of each task, where several are learned together."""
+    validation_tasks: dict[str, int] = field(default_factory=dict[str, int])
+    """Held-out examples of each of them that has any."""
     new_tasks: dict[str, int] = field(default_factory=dict[str, int])
     """Examples of each task that a composition is carried over to."""
     plans: tuple[StagePlan, ...] = ()
@@ -71,6 +75,7 @@ def begin_report(job: Job, **more: Any) -> TrainingReport:
         validation_examples=0 if job.validation is None else len(job.validation),
         longest=0 if job.data is None else job.data.spread(256).inputs["input_ids"].shape[1],
         tasks={} if job.data is None else job.data.tasks,
+        validation_tasks={} if job.validation is None else job.validation.tasks,
         new_tasks={name: len(task) for name, task in job.new_tasks.items()},
         **more,
     )
@@ -96,6 +101,7 @@ def plan(job: Job, stage: Stage, model: nn.Module, data: Batches) -> StagePlan:
             group.name or ", ".join(group.select): (count, group.lr)
             for group, count in zip(stage.groups, counts, strict=True)
         },
+        at_most=stage.own_way is not None,
         sites=tuple(getattr(model, "mixtures", {})),
         examples_per_step=train.batch_size * train.accumulate * process_state().num_processes,
         memory=estimate_bytes(model, stage, data),

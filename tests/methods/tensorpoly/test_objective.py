@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixwright.methods.tensorpoly.config import TensorPolyConfig
-from mixwright.methods.tensorpoly.objective import Regularised, information, objective, overlap, prior
+from mixwright.methods.tensorpoly.objective import Regularised, information, objective, overlap, prior, surplus
 from mixwright.methods.tensorpoly.task_rows import task_routers
 from mixwright.ops import collapse
 from mixwright.recipe import TrainConfig
@@ -24,12 +24,13 @@ def config(**weights: float) -> TensorPolyConfig:
 
 def test_nothing_is_weighed_in_unless_asked() -> None:
     assert objective(config()) is supervised
-    assert objective(config(ibp=0.1)) == Regularised(0.0, 0.0, 0.1)
+    assert objective(config(ibp=0.1)) == Regularised(0.0, 0.0, 0.0, 0.1)
+    assert objective(config(sparsity=0.2)) == Regularised(0.0, 0.0, 0.2, 0.0)
 
 
 def test_a_weight_means_the_same_whatever_the_batch_holds() -> None:
     model = knowing().train()
-    whole = Regularised(0.5, 0.2, 0.1)
+    whole = Regularised(0.5, 0.2, 0.3, 0.1)
     penalty = whole.penalty(model).item()
     data = shots(model, 8, like=HALVES)
     for rows in (1, 8):
@@ -37,7 +38,7 @@ def test_a_weight_means_the_same_whatever_the_batch_holds() -> None:
         with torch.no_grad(), model.train().with_task("one"):
             added = float(whole(model, batch) - supervised(model, batch)) / batch.weight
         assert added == pytest.approx(penalty, rel=1e-4)
-    parts = -0.5 * information(model) + 0.2 * overlap(model) + 0.1 * prior(model)
+    parts = -0.5 * information(model) + 0.2 * overlap(model) + 0.3 * surplus(model) + 0.1 * prior(model)
     assert penalty == pytest.approx(parts.item(), rel=1e-6) and penalty != 0
 
 
@@ -45,7 +46,7 @@ def test_held_out_data_are_scored_without_it() -> None:
     model = knowing().eval()
     batch = shots(model, 2, like=HALVES).take(slice(0, 2))
     with torch.no_grad(), model.with_task("one"):
-        assert torch.equal(Regularised(1.0, 1.0, 1.0)(model, batch), supervised(model, batch))
+        assert torch.equal(Regularised(1.0, 1.0, 1.0, 1.0)(model, batch), supervised(model, batch))
 
 
 def test_terms_are_means_over_routers_and_sites() -> None:
@@ -56,6 +57,14 @@ def test_terms_are_means_over_routers_and_sites() -> None:
     assert 0.5 < information(model).item() <= 1.0  # four tasks, four experts, sharp
     of_each = [collapse.indian_buffet(r.logits[:, n]) / 16 for r in task_routers(model) for n in range(2)]
     assert prior(model).item() == pytest.approx(torch.stack(of_each).mean().item(), rel=1e-6)
+
+
+def test_open_gates_count_beyond_one_for_each_task() -> None:
+    model = knowing()
+    assert surplus(model).item() == 0.0  # sharp: one gate is open
+    with torch.no_grad():
+        task_routers(model)[0].logits.zero_()
+    assert surplus(model).item() == pytest.approx((0.5 - 0.25) / len(task_routers(model)))
 
 
 def built_overlap(factors: torch.Tensor) -> float:
@@ -76,7 +85,7 @@ def test_overlap_is_that_of_the_factors_the_experts_would_build() -> None:
 @pytest.mark.parametrize(("kind", "settings"), [("mhr", {"heads": 2}), ("entangled", {}), ("tlora", {"num_latent": 3})])
 def test_every_kind_has_gradients_for_what_it_learns(kind: str, settings: dict[str, Any]) -> None:
     model = knowing(kind, **settings)
-    Regularised(1.0, 1.0, 1.0).penalty(model).backward()
+    Regularised(1.0, 1.0, 1.0, 1.0).penalty(model).backward()
     learned = {name: p for name, p in model.named_parameters() if ".experts." in name or name.endswith("router.logits")}
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any() for p in learned.values())
     assert learned and all(p.grad is None for name, p in model.named_parameters() if name not in learned)

@@ -98,6 +98,8 @@ class TensorPolyConfig:
     Not in the paper; 0 is off, here and below."""
     orthogonality: float = 0.0
     """Weight of the overlap between latent experts, from the cosines of their leaves. Not in the paper."""
+    sparsity: float = 0.0
+    """Weight of relu(mean sigmoid(Z) - 1 / R), an L1 penalty that leaves one expert per task free. Not in the paper."""
     ibp: float = 0.0
     """Weight of the Indian-buffet-process prior on Z (Poly, appendix). Off in the published runs."""
 

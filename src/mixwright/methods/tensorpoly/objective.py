@@ -21,23 +21,24 @@ from mixwright.training.stage import Objective
 
 def objective(config: TensorPolyConfig) -> Objective:
     """The supervised loss alone unless a weight is set."""
-    if config.mutual_information == config.orthogonality == config.ibp == 0:
-        return supervised
-    return Regularised(config.mutual_information, config.orthogonality, config.ibp)
+    weights = (config.mutual_information, config.orthogonality, config.sparsity, config.ibp)
+    return Regularised(*weights) if any(weights) else supervised
 
 
 @dataclass(frozen=True)
 class Regularised:
-    """loss + targets * (ibp * prior + orthogonality * overlap - mutual_information * information).
+    """loss + targets * (orthogonality overlap + sparsity surplus + ibp prior - mutual_information information).
 
     The loop divides by the number of targets in a step, so a weight means the same for every batch. Each term is a mean
     over routers or sites and free of their sizes: `information` is I(task; expert) / log R, 0 to 1; `overlap` the mean
-    square cosine of two latent experts, 0 to 1; `prior` - log P(Z) of the Indian buffet process for each entry of Z.
-    In eval mode, in which held-out data are scored, the loss is the supervised one.
+    square cosine of two latent experts, 0 to 1; `surplus` the share of gates open beyond one for each task; `prior`
+    - log P(Z) of the Indian buffet process for each entry of Z. In eval mode, in which held-out data are scored, the
+    loss is the supervised one.
     """
 
     mutual_information: float
     orthogonality: float
+    sparsity: float
     ibp: float
 
     def __call__(self, model: ComposedModel, batch: Batch) -> Tensor:
@@ -55,6 +56,8 @@ class Regularised:
             total = total - self.mutual_information * information(model)
         if self.orthogonality:
             total = total + self.orthogonality * overlap(model)
+        if self.sparsity:
+            total = total + self.sparsity * surplus(model)
         if self.ibp:
             total = total + self.ibp * prior(model)
         return total
@@ -65,6 +68,11 @@ def information(model: ComposedModel) -> Tensor:
     routers = [router for router in task_routers(model) if router.num_experts > 1]
     terms = [collapse.mutual_information(router.table()).mean() / log(router.num_experts) for router in routers]
     return _mean(terms)
+
+
+def surplus(model: ComposedModel) -> Tensor:
+    """relu(mean sigmoid(Z) - 1 / R), the mean over routers."""
+    return _mean([collapse.surplus(router.logits) for router in task_routers(model) if router.num_experts > 1])
 
 
 def prior(model: ComposedModel) -> Tensor:

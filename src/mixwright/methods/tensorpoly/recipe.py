@@ -29,7 +29,7 @@ CHOOSE_EVERY = 100
 OF_TRAINING = frozenset(
     {"tasks", "seed", "init", "learning_rate", "router_learning_rate", "steps", "warmup", "cooldown", "clip"}
     | {"transfer_learning_rate", "transfer_steps", "transfer", "start", "folds"}
-    | {"mutual_information", "orthogonality", "ibp"}
+    | {"mutual_information", "orthogonality", "sparsity", "ibp"}
 )
 """What may be set anew for a composition that is there already. All else is built into it."""
 

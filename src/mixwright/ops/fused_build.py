@@ -1,0 +1,97 @@
+"""Both factors of an adapted layer from their leaves, by the compiled twin of `build` where it fits.
+
+At a few tokens most of a training step is the bookkeeping of many small operations: here both factors are one node of
+autograd's graph, whose forward and backward are one call for each factor. What the twin doesn't take (another type or
+device, a norm, a gradient of the gradient, no compiler) goes the plain way of `ops/tensor_product.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mixwright.ops import kernels
+from mixwright.ops.tensor_product import Leaves, build
+
+LARGEST = 3 << 17
+"""Numbers that the twin may hold on its stack."""
+
+_GROUP = 16
+_PLACES = {2: (0, None, 1, None), 3: (0, None, 1, 2), 4: (0, 1, 2, 3)}
+"""For each order, the leaves of the left half's two places and of the right half's."""
+
+
+def build_factors(
+    down: Leaves, up: Leaves, weights: Float[Tensor, "choices terms"], d_in: int, d_out: int, norm: bool = False
+) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
+    """`build(down, weights, d_in)` and `build(up, weights, d_out)`."""
+    if not norm and 2 <= len(down) == len(up) <= 4 and _plain(weights, *down, *up):
+        native, sizes = kernels.kernel(), [_sizes(weights, *side) for side in ((down, d_in), (up, d_out))]
+        if native is not None and max(map(_held, sizes)) <= LARGEST:
+            return _Build.apply(native, sizes, weights, *down, *up)  # type: ignore[no-any-return]
+    return build(down, weights, d_in, norm), build(up, weights, d_out, norm)
+
+
+class _Build(torch.autograd.Function):
+    """`build` twice, with gradients, in C."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        half, place = len(leaves) // 2, weights.data_ptr()
+        made = tuple(weights.new_empty((given[0], given[2], given[7])) for given in sizes)
+        ctx.native, ctx.given = native, []
+        for out, own, given in zip(made, (leaves[:half], leaves[half:]), sizes):
+            ctx.given.append((place, *_pointers(own), *given))
+            native.build(out.data_ptr(), *ctx.given[-1])
+        ctx.save_for_backward(weights, *leaves)  # what the pointers point to stays as long as these do
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a gradient of the gradient of tensor factors is asked for (create_graph=True), which the compiled "
+                "build does not have; set MIXWRIGHT_KERNELS=off to build them with torch's own operations."
+            )
+        weights, *leaves = ctx.saved_tensors
+        half = len(leaves) // 2
+        d_weights, found = torch.zeros_like(weights), [torch.empty_like(leaf) for leaf in leaves]
+        place = d_weights.data_ptr()
+        for gradient, own, given in zip(gradients, (found[:half], found[half:]), ctx.given):
+            gradient = gradient.contiguous()
+            ctx.native.build_backward(gradient.data_ptr(), place, *_pointers(own), *given)
+        return None, None, d_weights, *found
+
+
+def _pointers(leaves: Sequence[Tensor]) -> list[int]:
+    """Of the leaves in their places; 0 for one that is not there."""
+    return [0 if place is None else leaves[place].data_ptr() for place in _PLACES[len(leaves)]]
+
+
+def _sizes(weights: Tensor, leaves: Leaves, width: int) -> tuple[int, ...]:
+    """Choices, terms, rank, four radices, the width, and whether every choice has leaves of its own."""
+    radices = [1 if place is None else leaves[place].shape[-1] for place in _PLACES[len(leaves)]]
+    return (*weights.shape, leaves[0].shape[-2], *radices, width, leaves[0].dim() == 4)
+
+
+def _held(sizes: tuple[int, ...]) -> int:
+    """Numbers that the twin has on its stack, about."""
+    choices, terms, rank, n1, n2, m1, m2, _, _ = sizes
+    rows, columns = n1 * n2, m1 * m2
+    return _GROUP * (2 * (terms + 3) * (2 * rows + 2 * columns + _GROUP) + _GROUP * columns) + choices * terms * rank
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether the twin takes these tensors as they lie."""
+    if torch.compiler.is_compiling() or not tensors[0].numel():
+        return False
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+        if type(tensor) is not torch.nn.Parameter and type(tensor) is not Tensor:
+            return False
+    return True
