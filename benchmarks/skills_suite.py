@@ -183,7 +183,8 @@ def few_shot(
             tuned = {lr: error(*tuning, what, shots, lr, TUNING_SEED) for lr in TRANSFER_GRID[what]}
             rate = min(tuned, key=lambda lr: tuned[lr])
             scores = [error(world, layer, what, shots, rate, 77 + at) for at, (world, layer) in enumerate(seeds)]
-            yield f"{what}/{shots}", {"learning_rate": rate, "error": scores}
+            rates = {str(lr): error for lr, error in tuned.items()}
+            yield f"{what}/{shots}", {"learning_rate": rate, "tuning": rates, "error": scores}
 
 
 def all_zero(exam: Exam, run: Run) -> dict[str, Any]:

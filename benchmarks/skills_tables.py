@@ -166,7 +166,8 @@ def main() -> None:
         gap for exam in results.values() for one in exam.values() if isinstance(one, dict) for gap in one["merged_gap"]
     ]
     stuck = results["all_zero"]
-    print(f"Merged weights against the layer: at most {max(gaps):.1e} of the largest output, {len(gaps)} models.")
+    print(f"Merged weights against the layer: at most {max(gaps):.0e} of the largest output (the file has five "
+          f"digits), {len(gaps)} models.")  # fmt: skip
     print(f"B's leaves all zero: largest change of any leaf {stuck['largest_change_of_a_leaf']:g}, errors "
           f"{', '.join(f'{error:.3f}' for error in stuck['held_in'])}.")  # fmt: skip
 

@@ -52,6 +52,7 @@ def test_new_tasks_side_by_side_share_nothing_and_leave_the_experts_alone(kind: 
 def test_the_suites_loop_makes_the_librarys_updates_to_the_bit() -> None:
     from benchmarks import skills_members as members
     from benchmarks.skills_world import Size, make_world
+
     from mixwright.data.batches import Batches
     from mixwright.training.fit import fit
     from mixwright.training.stage import ParamGroup, Stage
