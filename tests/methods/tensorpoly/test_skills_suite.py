@@ -7,6 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="a source distribution has no benchmarks")
 
 
 @pytest.fixture(autouse=True)
