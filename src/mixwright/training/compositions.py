@@ -211,9 +211,20 @@ def _before(job: Job, stages: Sequence[Stage], stage: Stage) -> str | None:
     covered = _covered(job, stages)
     place = covered.index(stage)
     if place == 0:
+        _refuse_to_guess(job, stages[: stages.index(stage)], stage)
         return job.recipe.composition
     folder = _folder(job, covered[place - 1])
     return str(folder) if (folder / COMPOSITION).is_file() else None
+
+
+def _refuse_to_guess(job: Job, earlier: Sequence[Stage], stage: Stage) -> None:
+    """An earlier stage's composition that lies there is named, not taken: its settings go with it."""
+    found = [_folder(job, one) for one in earlier if (_folder(job, one) / COMPOSITION).is_file()]
+    if found and job.recipe.composition is None:
+        raise ValueError(
+            f"recipe.composition: missing; stage {stage.name} goes on from a trained one. Add `composition: "
+            f"{found[-1]}` to the recipe (or --set composition={found[-1]})."
+        )
 
 
 def _folder(job: Job, stage: Stage) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PolyConfig, get_peft_model
 
 import mixwright.methods.tensorpoly as tensorpoly
 from mixwright.backbones.hf import byte_tokenizer
@@ -17,6 +18,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     tiny_backbone("llama").save_pretrained("my-backbone")
     byte_tokenizer().save_pretrained("my-backbone")
+    poly = PolyConfig(r=2, n_tasks=2, n_skills=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_backbone("llama"), poly).save_pretrained("their-poly")
     words = torch.tensor([[5, 6, 7], [8, 9, 10]])
     names = {"inputs": {"input_ids": words, "labels": words}, "ids": torch.tensor([0, 2]), "sum_ids": words[:1]}
     blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -270,6 +270,8 @@ def test_faults_name_the_key(tmp_path: Path) -> None:
 
 def test_faults_of_a_start_are_named(tmp_path: Path) -> None:
     train(recipe_for(tmp_path))
+    with pytest.raises(ValueError, match=r"Add `composition: .*multitask.composition` to the recipe"):
+        train({**transfer_to(tmp_path), "composition": None, "output_dir": str(tmp_path / "run")})
     with pytest.raises(ValueError, match=r"config.rank: the composition has 2 and the recipe 5"):
         train(transfer_to(tmp_path, rank=5))
     with pytest.raises(ValueError, match=r"'a' is one of the model's already"):
