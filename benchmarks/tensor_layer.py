@@ -172,6 +172,12 @@ def measure(width: int, order: int, tokens: int, tasks: int, *, rounds: int, cpu
     return {"width": width, "order": order, "tokens": tokens, "tasks": tasks, "times": times}
 
 
+def thin(times: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What is kept of a table: ratios follow from it."""
+    wanted = ("runs", "median_ms", "quartile1_ms", "quartile3_ms", "least_ms")
+    return {name: {key: round(row[key], 4) for key in wanted} for name, row in times.items()}
+
+
 def ratio(case: Mapping[str, Any], situation: str, over: str, under: str, key: str = "median_ms") -> float:
     """How many times as long `over` takes as `under`."""
     times = case["times"][situation]
@@ -250,6 +256,7 @@ def main() -> None:
             *(f"{key}={value:.2f}" if isinstance(value, float) else f"{key}={value}" for key, value in bar.items()),
         )
     clock = "processor" if given.cpu_time else "wall"
+    cases = [case | {"times": {name: thin(times) for name, times in case["times"].items()}} for case in cases]
     print(f"written: {write(given.name, {'clock': clock, 'machine': machine(started), 'cases': cases, 'bars': bars})}")
 
 
