@@ -3,10 +3,11 @@
     python -m benchmarks.tensor_layer [--quick] [--cpu-time]
 
 Everything alternates in one run. `adapter` is x -> A -> B alone, routing weights given: a training step (forward and
-backward with all gradients, that of x too) and a forward without gradients that builds the factors anew. `layer` is the
-whole layer with its base: a training step of `Mixture` with its task router, and evaluation with the task's factors
-kept. The materialising form is the same layer with every term's product written out, once for each choice. PEFT's Poly
-has as many skills as we have latent experts. Tokens are counted in all; a batch of 8 tasks has at least one for each.
+backward with all gradients, that of x too), a forward without gradients that builds the factors anew, and evaluation,
+where ours are kept and the materialising form builds its own. `layer` is the whole layer with its base: a training
+step of `Mixture` with its task router, and evaluation with the task's factors kept. The materialising form is the
+same layer with every term's product written out, once for each choice. PEFT's Poly has as many skills as we have
+latent experts. Tokens are counted in all; a batch of 8 tasks has at least one for each.
 
 Bars: never slower than materialising; at order 4 with 1 to 32 tokens at least 3x faster; a training step with 1024
 tokens at most 1.15x plain LoRA; in evaluation with a kept task LoRA's own speed; faster than PEFT's Poly at every size.
@@ -94,6 +95,10 @@ class Layers:
             LORA: lambda: self.lora(self.x),
         }
 
+    def forget(self) -> None:
+        """Let the materialising form build anew in evaluation, where it would keep its factors as ours are kept."""
+        self.written_out.forget()
+
     def layers(self) -> dict[str, Callable[[], Tensor]]:
         """The whole layer with its base."""
         ours, written_out = self.mixture(self.ours), self.mixture(self.written_out)
@@ -114,17 +119,12 @@ class Layers:
         runs: dict[str, Callable[[], Tensor]] = {
             BARE: lambda: self.base(self.x),
             OURS: lambda: ours(self.x),
-            WRITTEN_OUT: lambda: _without_memory(written_out)(self.x),
+            WRITTEN_OUT: lambda: (self.forget(), written_out(self.x))[1],
             LORA: lambda: lora(self.x),
             PEFT_LORA: lambda: adapted(self.x),
             POLY: lambda: skills(self.x, task_ids=self.tasks),
         }
         return runs
-
-
-def _without_memory(mixture: Mixture) -> Mixture:
-    mixture.experts.forget()  # type: ignore[operator]
-    return mixture
 
 
 def step(run: Callable[[], Tensor], gradient: Tensor) -> Callable[[], object]:
@@ -148,7 +148,7 @@ def check(layers: Layers) -> None:
 
 
 def measure(width: int, order: int, tokens: int, tasks: int, *, rounds: int, cpu: bool) -> dict[str, Any]:
-    """Times of every contender in the four situations."""
+    """Times of every contender in the five situations."""
     layers = Layers(width, order, tasks=tasks, tokens=tokens)
     check(layers)
     times: dict[str, Any] = {}
@@ -157,12 +157,25 @@ def measure(width: int, order: int, tokens: int, tasks: int, *, rounds: int, cpu
     times["adapter, step"] = summary(alternate(stepped, rounds=rounds, cpu=cpu), LORA)
     with torch.no_grad():
         times["adapter, forward"] = summary(alternate(adapters, rounds=rounds, cpu=cpu), LORA)
+    layers.ours.eval()
+    layers.written_out.eval()
+    kept = adapters | {WRITTEN_OUT: lambda: (layers.forget(), adapters[WRITTEN_OUT]())[1]}
+    with torch.inference_mode():
+        times["adapter, evaluation"] = summary(alternate(kept, rounds=rounds, cpu=cpu), LORA)
+    layers.ours.train()
+    layers.written_out.train()
     whole = {name: step(run, layers.gradient) for name, run in layers.layers().items()}
     times["layer, step"] = summary(alternate(whole, rounds=rounds, cpu=cpu), LORA)
     evaluated = layers.evaluated()
     with torch.inference_mode():
         times["layer, evaluation"] = summary(alternate(evaluated, rounds=rounds, cpu=cpu), LORA)
     return {"width": width, "order": order, "tokens": tokens, "tasks": tasks, "times": times}
+
+
+def thin(times: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What is kept of a table: ratios follow from it."""
+    wanted = ("runs", "median_ms", "quartile1_ms", "quartile3_ms", "least_ms")
+    return {name: {key: round(row[key], 4) for key in wanted} for name, row in times.items()}
 
 
 def ratio(case: Mapping[str, Any], situation: str, over: str, under: str, key: str = "median_ms") -> float:
@@ -195,9 +208,9 @@ def verdict(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "cases": len(ratios),
         }
 
-    for situation in ("adapter, step", "adapter, forward", "layer, step", "layer, evaluation"):
+    for situation in ("adapter, step", "adapter, forward", "adapter, evaluation", "layer, step", "layer, evaluation"):
         bar(f"materialising / ours, {situation}", 1.0, [(case, situation, WRITTEN_OUT, OURS) for case in cases])
-    for situation in ("adapter, step", "adapter, forward"):
+    for situation in ("adapter, step", "adapter, forward", "adapter, evaluation"):
         name = f"materialising / ours, order 4, 1 to 32 tokens, {situation}"
         bar(name, 3.0, [(case, situation, WRITTEN_OUT, OURS) for case in few])
     for situation in trained:
@@ -231,7 +244,7 @@ def main() -> None:
         for order in (2, 4):
             for tokens in (1, 32, 1024):
                 for tasks in (1, 8):
-                    rounds = given.rounds or {1: 200, 32: 100, 1024: 15}[tokens] // (4 if given.quick else 1)
+                    rounds = given.rounds or {1: 100, 32: 60, 1024: 9}[tokens] // (3 if given.quick else 1)
                     case = measure(width, order, tokens, tasks, rounds=rounds, cpu=given.cpu_time)
                     for situation, times in case["times"].items():
                         show(f"{situation}: d {width}, order {order}, {tokens} tokens, {tasks} tasks", times)
@@ -243,6 +256,7 @@ def main() -> None:
             *(f"{key}={value:.2f}" if isinstance(value, float) else f"{key}={value}" for key, value in bar.items()),
         )
     clock = "processor" if given.cpu_time else "wall"
+    cases = [case | {"times": {name: thin(times) for name, times in case["times"].items()}} for case in cases]
     print(f"written: {write(given.name, {'clock': clock, 'machine': machine(started), 'cases': cases, 'bars': bars})}")
 
 

@@ -348,6 +348,39 @@ def test_routings_that_cannot_be_followed_are_refused():
 
 
 @every_kind
+@pytest.mark.parametrize("assign", [False, True])
+def test_leaves_that_come_in_half_precision_are_built_in_single(make, assign):
+    experts = make()
+    state = {name: value.to(torch.bfloat16) for name, value in experts.state_dict().items()}
+    for narrow in (copy.deepcopy(experts).float(), experts.float()):
+        narrow.load_state_dict(state, assign=assign)
+        built = narrow.factors(table(narrow)[:, 0])[0]
+        assert built.dtype == torch.float32
+        wide = {name: value.float() for name, value in state.items()}
+        narrow.load_state_dict(wide, assign=assign)
+        assert torch.equal(built, narrow.factors(table(narrow)[:, 0])[0])
+        for shape in ((E,), (2, 6, E)):
+            narrow(random(3, 2, 6, D_IN).float(), Routing(random(4, *shape).float(), E), Condition())
+
+
+def test_leaves_given_in_half_precision_become_single():
+    for made in (
+        PolyExperts(torch.ones(2, 1, 4).bfloat16(), torch.ones(2, 1, 4).bfloat16()),
+        TensorExperts([torch.ones(2, 1, 2).half()] * 2, [torch.ones(2, 1, 2).half()] * 2, 4, 4),
+        OrderedTensorExperts([torch.ones(2, 1, 1, 2).half()] * 2, [torch.ones(2, 1, 1, 2).half()] * 2, 4, 4),
+    ):
+        assert all(leaf.dtype == torch.float32 for leaf in made.parameters())
+
+
+@every_kind
+def test_a_routing_of_another_batch_is_refused(make):
+    experts = make()
+    for rows in (2, 3, 8):
+        with pytest.raises(ValueError, match=f"{rows} rows for a batch of 4"):
+            experts(random(3, 4, 5, D_IN), Routing(table(experts, tasks=rows), E), Condition())
+
+
+@every_kind
 def test_on_the_meta_device_shapes_come_out(make):
     experts = make().to("meta").eval()
     x = torch.zeros(2, 5, D_IN, device="meta", dtype=torch.float64)

@@ -35,28 +35,27 @@ class Mixture(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Route, note the routing, apply the experts, add the base."""
-        if not self.channel.enabled and self.base is not None:
-            return self.base(x)
+        # Asked for once: an attribute that is a module is found last, after two searches in vain.
+        channel, base, router, experts = self.channel, self.base, self.router, self.experts
+        if not channel.enabled and base is not None:
+            return base(x)
         tokens = self._with_batch_axis(x)
-        condition = self.channel.condition
-        routing = self.channel.override or self.router(tokens, condition)
-        self.channel.note(self.site, routing)
-        if self.base is None:
-            combined = self.experts(tokens, routing, condition)
+        condition = channel.condition
+        routing = channel.override or router(tokens, condition)
+        channel.note(self.site, routing)
+        if base is None:
+            combined = experts(tokens, routing, condition)
         else:
-            out = self._with_batch_axis(self.base(x))
-            if self._fresh():
-                combined = self.experts.onto(out, tokens, routing, condition)
+            out = self._with_batch_axis(base(x))
+            if self._fresh(base):
+                combined = experts.onto(out, tokens, routing, condition)
             else:
-                combined = out + self.experts(tokens, routing, condition).to(out.dtype)
+                combined = out + experts(tokens, routing, condition).to(out.dtype)
         return combined.flatten(0, 1) if combined.dim() > x.dim() else combined
 
-    def _fresh(self) -> bool:
+    def _fresh(self, base: nn.Module) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
-        base = self.base
-        if base is None or base._forward_hooks:
-            return False
-        return isinstance(base, nn.Linear) or linear_site("", base) is not None
+        return not base._forward_hooks and (isinstance(base, nn.Linear) or linear_site("", base) is not None)
 
     def _with_batch_axis(self, x: Tensor) -> Tensor:
         lengths = self.channel.lengths.get(self.stream) if self.flat else None

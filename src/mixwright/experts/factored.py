@@ -1,7 +1,7 @@
 """Experts that combine factors: a low-rank change is built for each choice, and then it is a plain LoRA."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -135,6 +135,11 @@ class AbstractFactored(AbstractExperts):
         leading = weights.shape[: x.dim() - 1]
         if leading[1:].numel() != 1:
             return None
+        if leading and leading[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"the routing has {leading[0]} rows for a batch of {x.shape[0]}; give one row of weights for each row "
+                "of the batch, or one for all."
+            )
         return weights.reshape(leading[0] if leading else 1, *weights.shape[len(leading) :])
 
     def weights(self, routing: Routing, axes: int) -> Float[Tensor, "*decision experts"]:
@@ -189,6 +194,11 @@ class AbstractFactored(AbstractExperts):
     def forget(self) -> None:
         """Forget the factors that are kept, as after a write through `.data`."""
         self._kept.forget()
+
+
+def widened(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in float32, if they came in a narrower type."""
+    return tuple(leaf if leaf.dtype.itemsize >= 4 else leaf.float() for leaf in leaves)
 
 
 def _autocasts(x: Tensor) -> bool:

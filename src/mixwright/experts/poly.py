@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.experts.factored import AbstractFactored
+from mixwright.experts.factored import AbstractFactored, widened
 from mixwright.ops.low_rank import low_rank_mixed
 from mixwright.ops.tensor_gram import update_products
 
@@ -32,8 +32,7 @@ class PolyExperts(AbstractFactored):
             )
         super().__init__(num_experts, rank, d_in, d_out, positions=heads if heads > 1 else None)
         self.heads = heads
-        self.down = nn.Parameter(down)
-        self.up = nn.Parameter(up)
+        self.down, self.up = (nn.Parameter(stored) for stored in widened((down, up)))
 
     def leaves(self) -> tuple[Tensor, ...]:
         """Both factors of all experts."""
@@ -43,7 +42,8 @@ class PolyExperts(AbstractFactored):
         self, weights: Float[Tensor, "choices *positions experts"]
     ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
         """sum_s w_s A_s and sum_s w_s B_s, block by block where there are heads."""
-        return self._average(self.down, weights), self._average(self.up, weights)
+        down, up = widened(self.leaves())
+        return self._average(down, weights), self._average(up, weights)
 
     def _average(self, stored: Tensor, weights: Tensor) -> Tensor:
         weights = weights.to(stored.dtype)
@@ -56,10 +56,11 @@ class PolyExperts(AbstractFactored):
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
     ) -> Float[Tensor, "tokens d_out"]:
         """All experts as two products, weighted between them: sum_s w_s (x A_s), then sum_s w_s (h B_s)."""
-        x, weights = x.to(self.down.dtype), weights.to(self.down.dtype)
+        down, up = widened(self.leaves())
+        x, weights = x.to(down.dtype), weights.to(down.dtype)
         if self.positions is None:
-            return low_rank_mixed(x, self.down, self.up, weights)
-        down, up = (stored.unflatten(2, (self.heads, -1)) for stored in (self.down, self.up))
+            return low_rank_mixed(x, down, up, weights)
+        down, up = (stored.unflatten(2, (self.heads, -1)) for stored in (down, up))
         inner = torch.einsum("thi,srhi->thsr", x.unflatten(1, (self.heads, -1)), down)
         hidden = torch.einsum("thsr,ths->tr", inner, weights)
         return torch.einsum("tr,ths,srho->tho", hidden, weights, up).flatten(1)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.experts.factored import AbstractFactored
+from mixwright.experts.factored import AbstractFactored, widened
 from mixwright.ops.fused_build import build_factors
 from mixwright.ops.low_rank import low_rank_mixed
 from mixwright.ops.tensor_gram import order_grams, term_grams, update_products
@@ -33,8 +33,8 @@ class TensorExperts(AbstractFactored):
         _refuse_misfit(down, up, d_in, d_out)
         num_experts, rank, _ = down[0].shape
         super().__init__(num_experts, rank, d_in, d_out, positions=None)
-        self.down = nn.ParameterList(down)
-        self.up = nn.ParameterList(up)
+        self.down = nn.ParameterList(widened(down))
+        self.up = nn.ParameterList(widened(up))
         self.order, self.norm = len(down), norm
 
     def leaves(self) -> tuple[Tensor, ...]:
@@ -45,18 +45,15 @@ class TensorExperts(AbstractFactored):
         self, weights: Float[Tensor, "choices *positions experts"]
     ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
         """Both factors by the fused build."""
-        leaves = self.leaves()
-        down, up = leaves[: self.order], leaves[self.order :]
-        if weights.dtype != down[0].dtype:
-            weights = weights.to(down[0].dtype)
+        down, up, weights = _sides(self.leaves(), weights)
         return build_factors(down, up, weights, self.d_in, self.d_out, self.norm)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
     ) -> Float[Tensor, "tokens d_out"]:
         """By mode products; many tokens share the products of all terms, which cost what a mode product of one does."""
-        down, up = tuple(self.down), tuple(self.up)
-        x, weights = x.to(down[0].dtype), weights.to(down[0].dtype)
+        down, up, weights = _sides(self.leaves(), weights)
+        x = x.to(weights.dtype)
         if len(x) > FEW_TOKENS:
             terms = materialise(down, self.d_in, self.norm), materialise(up, self.d_out, self.norm)
             return low_rank_mixed(x, *terms, weights)
@@ -93,8 +90,8 @@ class OrderedTensorExperts(AbstractFactored):
         _refuse_misfit(down, up, d_in, d_out)
         num_experts, groups, rank, _ = down[0].shape
         super().__init__(num_experts, rank, d_in, d_out, positions=len(down))
-        self.down = nn.ParameterList(down)
-        self.up = nn.ParameterList(up)
+        self.down = nn.ParameterList(widened(down))
+        self.up = nn.ParameterList(widened(up))
         self.order, self.groups, self.norm = len(down), groups, norm
 
     def leaves(self) -> tuple[Tensor, ...]:
@@ -105,8 +102,7 @@ class OrderedTensorExperts(AbstractFactored):
         self, weights: Float[Tensor, "choices *positions experts"]
     ) -> tuple[Float[Tensor, "choices rank d_in"], Float[Tensor, "choices rank d_out"]]:
         """Leaves mixed by order position, then multiplied out and summed over the groups."""
-        down, up = tuple(self.down), tuple(self.up)
-        weights = weights.to(down[0].dtype)
+        down, up, weights = _sides(self.leaves(), weights)
         ones = weights.new_ones((len(weights), self.groups))
         return build_factors(mix(down, weights), mix(up, weights), ones, self.d_in, self.d_out, self.norm)
 
@@ -114,10 +110,9 @@ class OrderedTensorExperts(AbstractFactored):
         self, x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "tokens *positions experts"]
     ) -> Float[Tensor, "tokens d_out"]:
         """Leaves mixed for each token, then mode products."""
-        down, up = tuple(self.down), tuple(self.up)
-        weights = weights.to(down[0].dtype)
+        down, up, weights = _sides(self.leaves(), weights)
         ones = weights.new_ones((len(weights), self.groups))
-        hidden = project(x.to(down[0].dtype), mix(down, weights), ones, self.norm)
+        hidden = project(x.to(weights.dtype), mix(down, weights), ones, self.norm)
         return expand(hidden, mix(up, weights), ones, self.d_out, self.norm)
 
     def contribution(
@@ -139,6 +134,12 @@ def _wide(leaves: Iterable[Tensor]) -> list[Tensor]:
 def _all(down: nn.ParameterList, up: nn.ParameterList) -> tuple[Tensor, ...]:
     """The leaves of both; asking the lists for them one by one takes longer than a small layer does."""
     return (*down._parameters.values(), *up._parameters.values())  # type: ignore[return-value]
+
+
+def _sides(leaves: tuple[Tensor, ...], weights: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The leaves of A, those of B, and the weights in their type, float32 or wider."""
+    wide, half = widened(leaves), len(leaves) // 2
+    return wide[:half], wide[half:], weights.to(wide[0].dtype)
 
 
 def _refuse_misfit(down: Sequence[Tensor], up: Sequence[Tensor], d_in: int, d_out: int) -> None:

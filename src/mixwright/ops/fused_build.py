@@ -30,8 +30,23 @@ def build_factors(
     if not norm and 2 <= len(down) == len(up) <= 4 and _plain(weights, *down, *up):
         native, sizes = kernels.kernel(), [_sizes(weights, *side) for side in ((down, d_in), (up, d_out))]
         if native is not None and max(map(_held, sizes)) <= LARGEST:
-            return _Build.apply(native, sizes, weights, *down, *up)  # type: ignore[no-any-return]
+            tensors = (weights, *down, *up)
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                return _Build.apply(native, sizes, *tensors)  # type: ignore[no-any-return]
+            return _forward(native, sizes, *tensors)[0]
     return build(down, weights, d_in, norm), build(up, weights, d_out, norm)
+
+
+def _forward(
+    native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
+) -> tuple[tuple[Tensor, Tensor], list[tuple[int, ...]]]:
+    """Both factors, and what was handed to C for each."""
+    half, place = len(leaves) // 2, weights.data_ptr()
+    down, up = (weights.new_empty((size[0], size[2], size[7])) for size in sizes)
+    given = [(place, *_pointers(own), *size) for own, size in zip((leaves[:half], leaves[half:]), sizes, strict=True)]
+    native.build(down.data_ptr(), *given[0])
+    native.build(up.data_ptr(), *given[1])
+    return (down, up), given
 
 
 class _Build(torch.autograd.Function):
@@ -40,13 +55,9 @@ class _Build(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
-    ) -> tuple[Tensor, ...]:
-        half, place = len(leaves) // 2, weights.data_ptr()
-        made = tuple(weights.new_empty((given[0], given[2], given[7])) for given in sizes)
-        ctx.native, ctx.given = native, []
-        for out, own, given in zip(made, (leaves[:half], leaves[half:]), sizes):
-            ctx.given.append((place, *_pointers(own), *given))
-            native.build(out.data_ptr(), *ctx.given[-1])
+    ) -> tuple[Tensor, Tensor]:
+        made, ctx.given = _forward(native, sizes, weights, *leaves)
+        ctx.native = native
         ctx.save_for_backward(weights, *leaves)  # what the pointers point to stays as long as these do
         return made
 
