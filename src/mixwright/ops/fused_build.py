@@ -2,7 +2,7 @@
 
 At a few tokens most of a training step is the bookkeeping of many small operations: here both factors are one node of
 autograd's graph, whose forward and backward are one call for each factor. What the twin doesn't take (another type or
-device, a norm, a gradient of the gradient, no compiler) goes the plain way of `ops/tensor_product.py`.
+device, a norm, a gradient of the gradient, no compiler at hand) goes the plain way of `ops/tensor_product.py`.
 """
 
 from collections.abc import Sequence
@@ -33,49 +33,60 @@ def build_factors(
             tensors = (weights, *down, *up)
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
                 return _Build.apply(native, sizes, *tensors)  # type: ignore[no-any-return]
-            return _forward(native, sizes, *tensors)[0]
+            return _forward(native, sizes, *tensors)
     return build(down, weights, d_in, norm), build(up, weights, d_out, norm)
 
 
-def _forward(
-    native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
-) -> tuple[tuple[Tensor, Tensor], list[tuple[int, ...]]]:
-    """Both factors, and what was handed to C for each."""
+def _forward(native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors."""
+    down, up = (tensors[0].new_empty((size[0], size[2], size[7])) for size in sizes)
+    for made, given in zip((down, up), _given(sizes, *tensors), strict=True):
+        native.build(made.data_ptr(), *given)
+    return down, up
+
+
+def _given(sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor) -> list[tuple[int, ...]]:
+    """What is handed to C for each factor."""
     half, place = len(leaves) // 2, weights.data_ptr()
-    down, up = (weights.new_empty((size[0], size[2], size[7])) for size in sizes)
-    given = [(place, *_pointers(own), *size) for own, size in zip((leaves[:half], leaves[half:]), sizes, strict=True)]
-    native.build(down.data_ptr(), *given[0])
-    native.build(up.data_ptr(), *given[1])
-    return (down, up), given
+    return [(place, *_pointers(own), *size) for own, size in zip((leaves[:half], leaves[half:]), sizes, strict=True)]
 
 
 class _Build(torch.autograd.Function):
-    """`build` twice, with gradients, in C."""
+    """`build` twice, with gradients, in C; a gradient of the gradient goes torch's own way."""
 
     @staticmethod
     def forward(
-        ctx: Any, native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], weights: Tensor, *leaves: Tensor
+        ctx: Any, native: kernels.Kernels, sizes: Sequence[tuple[int, ...]], *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        made, ctx.given = _forward(native, sizes, weights, *leaves)
-        ctx.native = native
-        ctx.save_for_backward(weights, *leaves)  # what the pointers point to stays as long as these do
-        return made
+        ctx.native, ctx.sizes = native, sizes
+        ctx.save_for_backward(*tensors)
+        return _forward(native, sizes, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a gradient of the gradient of tensor factors is asked for (create_graph=True), which the compiled "
-                "build does not have; set MIXWRIGHT_KERNELS=off to build them with torch's own operations."
-            )
-        weights, *leaves = ctx.saved_tensors
+        weights, *leaves = tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _plain(*tensors):
+            return None, None, *_by_torch(ctx.sizes, tensors, gradients)
         half = len(leaves) // 2
         d_weights, found = torch.zeros_like(weights), [torch.empty_like(leaf) for leaf in leaves]
         place = d_weights.data_ptr()
-        for gradient, own, given in zip(gradients, (found[:half], found[half:]), ctx.given):
+        for gradient, own, given in zip(gradients, (found[:half], found[half:]), _given(ctx.sizes, *tensors)):
             gradient = gradient.contiguous()
             ctx.native.build_backward(gradient.data_ptr(), place, *_pointers(own), *given)
         return None, None, d_weights, *found
+
+
+def _by_torch(
+    sizes: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of `tensors`, themselves with a gradient where one is recorded."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        weights, *leaves = (t if again else t.detach().requires_grad_(t.requires_grad) for t in tensors)
+        half, wanted = len(leaves) // 2, [t for t in (weights, *leaves) if t.requires_grad]
+        made = [build(own, weights, size[7]) for own, size in zip((leaves[:half], leaves[half:]), sizes, strict=True)]
+        found = iter(torch.autograd.grad(made, wanted, list(gradients), create_graph=again))
+    return [next(found) if tensor.requires_grad else None for tensor in tensors]
 
 
 def _pointers(leaves: Sequence[Tensor]) -> list[int]:
