@@ -39,7 +39,7 @@ from mixwright.sites import Site, linear_sites
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
-    from mixwright.methods.tensorpoly.adapt import Adaptation, What
+    from mixwright.methods.tensorpoly.adaptation import Adaptation, What
     from mixwright.methods.tensorpoly.shots import Examples
     from mixwright.methods.tensorpoly.similarity import Inputs, Likeness, Texts
 
