@@ -24,6 +24,7 @@ from torch import Tensor
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 SOURCES = tuple(Path(__file__).parent / "native" / name for name in ("lora.c", "tensor_product.c"))
+HEADER = SOURCES[0].with_name("turn.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def cache_folder() -> Path:
 
 def library(folder: Path) -> Path:
     """The library's path, named for the sources, the flags, torch and the processor: any change makes another file."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, HEADER)))
     digest.update(f"{FLAGS}{torch.__version__}{_processor()}".encode())
     return folder / f"kernels-{digest.hexdigest()[:16]}.so"
 

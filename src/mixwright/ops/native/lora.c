@@ -16,6 +16,8 @@
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t picks __attribute__((vector_size(4 * LANES)));
 
+#include "turn.h"
+
 static inline lanes load(const float *from) {
     lanes value;
     memcpy(&value, from, sizeof value);
@@ -89,7 +91,7 @@ static void down_expert(
 }
 
 /* turned[r] = the LANES columns' r-th entries; rows of `up` are `rank` apart and hold `ranks` entries from here on. */
-static inline void turn(const float *up, int64_t rank, int ranks, int columns, lanes turned[LANES]) {
+static inline void turn_up(const float *up, int64_t rank, int ranks, int columns, lanes turned[LANES]) {
     if (ranks < LANES || columns < LANES) {
         memset(turned, 0, sizeof(lanes) * LANES);
         for (int column = 0; column < columns; column++)
@@ -97,23 +99,7 @@ static inline void turn(const float *up, int64_t rank, int ranks, int columns, l
         return;
     }
     for (int column = 0; column < LANES; column++) turned[column] = load(up + column * rank);
-    /* Four butterflies: swap off-diagonal blocks of 8, 4, 2, 1. */
-#pragma GCC unroll 4
-    for (int width = LANES / 2; width; width /= 2) {
-        picks low, high;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            low[i] = i & width ? LANES + i - width : i;
-            high[i] = i & width ? LANES + i : i + width;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & width)) {
-                lanes a = turned[i], b = turned[i + width];
-                turned[i] = __builtin_shuffle(a, b, low);
-                turned[i + width] = __builtin_shuffle(a, b, high);
-            }
-    }
+    turn(turned);
 }
 
 static inline __attribute__((always_inline)) void up_rows(
@@ -139,7 +125,7 @@ static void up_block(
     for (int64_t r = 0; r < rank; r += LANES) {
         int ranks = rank - r < LANES ? (int)(rank - r) : LANES;
         lanes turned[LANES];
-        turn(up + column * rank + r, rank, ranks, columns, turned);
+        turn_up(up + column * rank + r, rank, ranks, columns, turned);
         for (int64_t i = 0; i < count;) {
             int rows = columns < LANES ? 1 : count - i < ROWS ? (int)(count - i) : ROWS;
             float *targets[ROWS];

@@ -17,32 +17,14 @@
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef int32_t picks __attribute__((vector_size(4 * LANES)));
 
+#include "turn.h"
+
 typedef struct {
     const float *weights, *leaf[4];
     int64_t choices, terms, rank, radix[4], width, own;
 } product;
 
 static inline int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
-/* Turn 16 vectors of 16 numbers: four butterflies swap off-diagonal blocks of 8, 4, 2, 1. */
-static inline __attribute__((always_inline)) void turn(lanes *rows) {
-#pragma GCC unroll 4
-    for (int width = LANES / 2; width; width /= 2) {
-        picks low, high;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            low[i] = i & width ? LANES + i - width : i;
-            high[i] = i & width ? LANES + i : i + width;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & width)) {
-                lanes a = rows[i], b = rows[i + width];
-                rows[i] = __builtin_shuffle(a, b, low);
-                rows[i + width] = __builtin_shuffle(a, b, high);
-            }
-    }
-}
 
 /* to[i] = the i-th numbers of `rows` rows that are `stride` apart; lanes without a row are zero. */
 static void gather(const float *from, int64_t stride, int rows, int64_t count, lanes *to) {
