@@ -15,7 +15,33 @@ from mixwright.ops.tensor_product import expand, materialise, mix, project
 FEW_TOKENS = 4
 
 
-class TensorExperts(AbstractFactored):
+class AbstractTensor(AbstractFactored):
+    """A and B are sums of products of leaves, one leaf for each order position, cut to the widths."""
+
+    def __init__(
+        self,
+        down: Sequence[Tensor],
+        up: Sequence[Tensor],
+        d_in: int,
+        d_out: int,
+        norm: bool,
+        *,
+        chooses_by_order: bool,
+    ) -> None:
+        _refuse_misfit(down, up, d_in, d_out)
+        positions = len(down) if chooses_by_order else None
+        super().__init__(down[0].shape[0], down[0].shape[-2], d_in, d_out, positions)
+        self.down = nn.ParameterList(widened(down))
+        self.up = nn.ParameterList(widened(up))
+        self.order, self.norm = len(down), norm
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those of A by order position, then those of B; asking the lists for them one by one takes longer than a small
+        layer does."""
+        return (*self.down._parameters.values(), *self.up._parameters.values())  # type: ignore[return-value]
+
+
+class TensorExperts(AbstractTensor):
     """A_w = sum_s w_s [LN](u_s^(1) x ... x u_s^(N)), B_w likewise: Su et al. 2024, arXiv 2405.16671 (TensorPoly-I).
 
     The experts are the R rank terms. Constant weights of one make it TLoRA. `norm` is the released code's layer norm of
@@ -30,16 +56,7 @@ class TensorExperts(AbstractFactored):
         d_out: int,
         norm: bool = False,
     ) -> None:
-        _refuse_misfit(down, up, d_in, d_out)
-        num_experts, rank, _ = down[0].shape
-        super().__init__(num_experts, rank, d_in, d_out, positions=None)
-        self.down = nn.ParameterList(widened(down))
-        self.up = nn.ParameterList(widened(up))
-        self.order, self.norm = len(down), norm
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        """Those of A by order position, then those of B."""
-        return _all(self.down, self.up)
+        super().__init__(down, up, d_in, d_out, norm, chooses_by_order=False)
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
@@ -72,7 +89,7 @@ class TensorExperts(AbstractFactored):
         return update_products(pairs * down, pairs * up)[:, None]
 
 
-class OrderedTensorExperts(AbstractFactored):
+class OrderedTensorExperts(AbstractTensor):
     """A_w = sum_g [LN](x_n sum_s w_ns u_sg^(n)): every order position chooses among its own leaves.
 
     One group is TensorPoly-II (Su et al. 2024, arXiv 2405.16671), whose columns are rank-one tensors; several groups,
@@ -87,16 +104,8 @@ class OrderedTensorExperts(AbstractFactored):
         d_out: int,
         norm: bool = False,
     ) -> None:
-        _refuse_misfit(down, up, d_in, d_out)
-        num_experts, groups, rank, _ = down[0].shape
-        super().__init__(num_experts, rank, d_in, d_out, positions=len(down))
-        self.down = nn.ParameterList(widened(down))
-        self.up = nn.ParameterList(widened(up))
-        self.order, self.groups, self.norm = len(down), groups, norm
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        """Those of A by order position, then those of B."""
-        return _all(self.down, self.up)
+        super().__init__(down, up, d_in, d_out, norm, chooses_by_order=True)
+        self.groups = down[0].shape[1]
 
     def factors(
         self, weights: Float[Tensor, "choices *positions experts"]
@@ -129,11 +138,6 @@ class OrderedTensorExperts(AbstractFactored):
 
 def _wide(leaves: Iterable[Tensor]) -> list[Tensor]:
     return [leaf.detach().double() for leaf in leaves]
-
-
-def _all(down: nn.ParameterList, up: nn.ParameterList) -> tuple[Tensor, ...]:
-    """The leaves of both; asking the lists for them one by one takes longer than a small layer does."""
-    return (*down._parameters.values(), *up._parameters.values())  # type: ignore[return-value]
 
 
 def _sides(leaves: tuple[Tensor, ...], weights: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
