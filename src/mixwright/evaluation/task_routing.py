@@ -157,17 +157,20 @@ def _task_names(model: ComposedModel) -> list[str]:
     return [*named[:count], *(f"task {number}" for number in range(len(named), count))] if routers or named else ["any"]
 
 
+def weights_of(router: AbstractRouter, tasks: int) -> Float[Tensor, "tasks positions experts"]:
+    """The weights of every task, in float64 on the CPU; of a router that asks nobody, the same row for all."""
+    told = isinstance(router, AbstractTaskRouter)
+    table = (router.table() if told else router.get_buffer("weights").expand(tasks, -1)).detach().double().cpu()
+    return table[:, None] if table.dim() == 2 else table
+
+
 def _table(router: AbstractRouter, tasks: int, sites: Sequence[str]) -> Float[Tensor, "tasks positions experts"]:
-    """The weights of every task; of a router that asks nobody, the same row for all."""
-    if isinstance(router, AbstractTaskRouter):
-        table = router.table()
-    else:
-        table = router.get_buffer("weights").expand(tasks, -1)
-    table = table.detach().double().cpu()
+    """Those weights, if they can be explained."""
+    table = weights_of(router, tasks)
     if len(table) != tasks or not table.isfinite().all():
         fault = f"{len(table)} tasks, others {tasks}" if len(table) != tasks else "weights that are not finite"
         raise ValueError(f"the router of {sites[0]} has {fault}; this routing can't be explained.")
-    return table[:, None] if table.dim() == 2 else table
+    return table
 
 
 def _heads(mixture: Mixture) -> str:
@@ -182,16 +185,25 @@ def _described(
     positions = table.shape[1]
     shown = table if positions <= HEADS_SHOWN else table.mean(1, keepdim=True)
     names = [f"{heads} {number + 1}" for number in range(positions)] if 1 < positions <= HEADS_SHOWN else [""]
-    gates = torch.sigmoid(router.logits.detach().double()) if isinstance(router, TaskLogits) else None
     return TaskTable(
         sites=sites,
         positions=names if shown.shape[1] > 1 else [f"mean of {positions} {heads}s" if positions > 1 else ""],
         weights=shown.tolist(),
-        discreteness=None if gates is None else float(entropy(torch.stack([gates, 1 - gates], -1)).mean()) / log(2),
-        sparsity=None if gates is None else float((gates > 0.5).double().mean()),
+        **gates_of(router),
         **shape_of(table),
         agreement=agreement,
     )
+
+
+def gates_of(router: AbstractRouter) -> dict[str, float | None]:
+    """Discreteness and sparsity of a router's gates, as `TaskTable` defines them; None for one without gates."""
+    if not isinstance(router, TaskLogits):
+        return {"discreteness": None, "sparsity": None}
+    gates = torch.sigmoid(router.logits.detach().double())
+    return {
+        "discreteness": float(entropy(torch.stack([gates, 1 - gates], -1)).mean()) / log(2),
+        "sparsity": float((gates > 0.5).double().mean()),
+    }
 
 
 def shape_of(table: Float[Tensor, "tasks positions experts"]) -> dict[str, float | None]:
@@ -234,12 +246,19 @@ def _agreements(distances: Sequence[Float[Tensor, "tasks tasks"]]) -> list[float
     return [float(mean) if known else None for mean, known in zip(means, told)]
 
 
+def products_of(
+    experts: AbstractFactored, table: Float[Tensor, "tasks positions experts"]
+) -> Float[Tensor, "tasks orders experts experts"]:
+    """Inner products of the experts' parts of every task's update, some tasks at a time: see `contribution`."""
+    weights = table.squeeze(1) if experts.positions is None else table.expand(-1, experts.positions, -1)
+    chunks = weights.to(next(experts.parameters()).device).split(_TASKS_AT_ONCE)
+    return torch.cat([experts.contribution(chunk).double().cpu() for chunk in chunks])
+
+
 def _layer(mixture: Mixture, router: int, table: Float[Tensor, "tasks positions experts"]) -> LayerParts:
     experts = mixture.experts
     assert isinstance(experts, AbstractFactored)
-    weights = table.squeeze(1) if experts.positions is None else table.expand(-1, experts.positions, -1)
-    chunks = weights.to(next(experts.parameters()).device).split(_TASKS_AT_ONCE)
-    products = torch.cat([experts.contribution(chunk).double().cpu() for chunk in chunks])
+    products = products_of(experts, table)
     total = products.sum((-2, -1))
     size = total.mean(1).clamp_min(0).sqrt()
     alive = (total > 0)[..., None]

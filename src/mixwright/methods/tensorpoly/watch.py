@@ -1,31 +1,22 @@
 """What is watched while tasks train together: numbers that show collapse, and in words what to do about it."""
 
 from collections.abc import Mapping
-from math import log
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
+from mixwright.evaluation.task_alarms import CANCELLING, DEAD, ONE_SIDED, SAME
+from mixwright.evaluation.task_routing import gates_of, products_of, shape_of, weights_of
 from mixwright.experts.factored import AbstractFactored
 from mixwright.methods.tensorpoly.task_rows import task_routers
-from mixwright.ops.collapse import entropy
-from mixwright.routers.task import AbstractTaskRouter, TaskLogits
+from mixwright.routers.task import TaskLogits
 
-UNIFORM = 0.01
-"""Separation below which tasks are routed alike."""
-ONE_SIDED = 0.5
-"""Usage below which few experts carry all tasks."""
-DEAD = 0.01
-"""Part of an even share of an update that an expert must reach for some task."""
-CANCELLING = 10.0
-"""How many times the squared update its experts' squared parts may sum to."""
 PATIENCE = 20
 """Looks in a row after which routing that is still uniform is no longer merely young."""
 EVERY = 5
 """Looks from one to the next at which the experts' parts are taken."""
-_TASKS = 32
 
 
 class Watch:
@@ -66,7 +57,7 @@ class Watch:
         self._known.update(numbers)
         known = {"routing.separation": 1.0, "routing.usage": 1.0, "experts.dead": 0.0, "experts.cancelling": 1.0}
         separation, usage, dead, cancelling = ({**known, **self._known}[name] for name in known)
-        self._uniform = self._uniform + 1 if separation < UNIFORM and usage >= ONE_SIDED else 0
+        self._uniform = self._uniform + 1 if separation < SAME and usage >= ONE_SIDED else 0
         found: dict[str, str] = {}
         if self._uniform >= self.patience:
             found["uniform routing"] = (
@@ -92,18 +83,8 @@ class Watch:
 
 
 def _routing(router: TaskLogits) -> dict[str, float]:
-    table, gates = router.table().double(), torch.sigmoid(router.logits.double())
-    most = log(router.num_experts)
-    usage, peakiness = entropy(table.mean(0)).mean() / most, 1 - entropy(table).mean() / most
-    binary = entropy(torch.stack([gates, 1 - gates], -1)).mean() / log(2)
-    numbers = {
-        "peakiness": peakiness,
-        "usage": usage,
-        "separation": usage - 1 + peakiness,
-        "discreteness": binary,
-        "sparsity": (gates > 0.5).double().mean(),
-    }
-    return {name: float(value) for name, value in numbers.items()}
+    numbers = {**shape_of(weights_of(router, router.num_tasks)), **gates_of(router)}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _parts(mixture: Mixture) -> tuple[float, float] | None:
@@ -111,8 +92,7 @@ def _parts(mixture: Mixture) -> tuple[float, float] | None:
     experts, router = mixture.experts, mixture.router
     if not isinstance(experts, AbstractFactored) or experts.num_experts < 2:
         return None
-    table = router.table() if isinstance(router, AbstractTaskRouter) else router.get_buffer("weights")[None]
-    products = torch.cat([experts.contribution(some) for some in _by_position(table, experts).split(_TASKS)])
+    products = products_of(experts, weights_of(router, 1))
     total = products.sum((-2, -1)).clamp_min(0)
     changed = total > 0
     if not changed.any():
@@ -120,14 +100,6 @@ def _parts(mixture: Mixture) -> tuple[float, float] | None:
     share = (products.sum(-1)[changed] / total[changed][..., None]).abs().amax(0)
     squares = products.diagonal(dim1=-2, dim2=-1).sum(-1)[changed] / total[changed]
     return float((share < DEAD / experts.num_experts).double().mean()), float(squares.mean())
-
-
-def _by_position(table: Tensor, experts: AbstractFactored) -> Tensor:
-    """Weights as `contribution` wants them: with an axis of positions where the experts have positions."""
-    if experts.positions is None:
-        return table
-    table = table[:, None] if table.dim() == 2 else table
-    return table.expand(-1, experts.positions, -1)
 
 
 def _mean(values: list[float]) -> float:
