@@ -249,6 +249,18 @@ def test_kept_factors_follow_the_routing(make):
 
 
 @every_kind
+def test_the_same_routing_again_is_answered_without_looking_for_its_choices(make, monkeypatch):
+    experts, x, condition = make().eval(), random(3, 1, 2, D_IN), Condition(task_ids=torch.tensor([1]))
+    routing = Routing(random(5, 1, 1, E).sigmoid(), E)
+    with torch.no_grad():
+        first = experts(x, routing, condition)
+        monkeypatch.setattr(experts, "_by_row", None)
+        assert torch.equal(experts(x, routing, condition), first)
+        with pytest.raises(TypeError):
+            experts(x, Routing(routing.weights, E), condition)
+
+
+@every_kind
 def test_kept_factors_live_in_no_state_copy_or_pickle_and_are_bounded(make):
     experts, x = make().eval(), random(3, 1, 5, D_IN)
     names, size = list(experts.state_dict()), len(pickle.dumps(experts))

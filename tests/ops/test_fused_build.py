@@ -160,3 +160,14 @@ def test_a_gradient_of_the_gradient_is_the_references(native, order):
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), [weights, *down, *up]))
     for mine, theirs in zip(*seconds, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-4 * (1 + theirs.abs().max().item()))
+
+
+def test_without_gradients_it_is_taken_too(native, monkeypatch):
+    del native
+    (down, weights), (up, _) = (case(4, 23, ceil_radices, 2, 3, 2) for _ in range(2))
+    monkeypatch.setattr(fused_build, "build", None)
+    with torch.no_grad():
+        found, expected = build_factors(down, up, weights, 23, 23), reference(down, up, weights, 23, 23)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert not mine.requires_grad
