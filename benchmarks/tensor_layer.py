@@ -1,6 +1,7 @@
 """One adapted square layer (rank 16, 8 latent experts, float32) against its materialising form, LoRA and PEFT's Poly.
 
     python -m benchmarks.tensor_layer [--quick] [--cpu-time]
+    python -m benchmarks.tensor_layer --report    # the table of the method's README, from the stored result
 
 Everything alternates in one run. `adapter` is x -> A -> B alone, routing weights given: a training step (forward and
 backward with all gradients, that of x too), a forward without gradients that builds the factors anew, and evaluation,
@@ -14,6 +15,7 @@ tokens at most 1.15x plain LoRA; in evaluation with a kept task LoRA's own speed
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peft_layers import poly, with_adapters
-from benchmarks.timing import alternate, machine, show, summary, write
+from benchmarks.timing import RESULTS, alternate, machine, show, summary, write
 from mixwright.composition.mixture import Mixture
 from mixwright.experts.tensor import TensorExperts
 from mixwright.ops.low_rank import low_rank
@@ -228,6 +230,38 @@ def verdict(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return bars
 
 
+SHOWN = (
+    ("adapter, step", WRITTEN_OUT, None),
+    ("adapter, forward", WRITTEN_OUT, None),
+    ("adapter, evaluation", WRITTEN_OUT, None),
+    ("layer, step", WRITTEN_OUT, None),
+    ("layer, step", LORA, None),
+    ("layer, evaluation", LORA, 1),
+    ("layer, evaluation", PEFT_LORA, 1),
+    ("layer, step", POLY, None),
+    ("layer, evaluation", POLY, None),
+)
+
+
+def ranges(cases: list[dict[str, Any]]) -> str:
+    """Medians of the other over ours, least and largest over widths and tasks, as a Markdown table."""
+    lines = ["| | against | order | 1 token | 32 tokens | 1024 tokens |", "| --- | --- | --- | --- | --- | --- |"]
+    for situation, other, tasks in SHOWN:
+        for order in (2, 4):
+            cells: list[str] = []
+            for tokens in (1, 32, 1024):
+                rows = [
+                    case["times"][situation]
+                    for case in cases
+                    if (case["order"], case["tokens"]) == (order, tokens) and tasks in (None, case["tasks"])
+                ]
+                found = [row[other]["median_ms"] / row[OURS]["median_ms"] for row in rows if other in row]
+                cells.append(f"{min(found):.2f} .. {max(found):.2f}" if found else "-")
+            one = ", one task" if tasks else ""
+            lines.append(f"| {situation}{one} | {other} | {order} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="width 768 only, fewer rounds")
@@ -236,7 +270,11 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--name", default="tensor_layer", help="of the file in benchmarks/results")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of what is stored")
     given = parser.parse_args()
+    if given.report:
+        print(ranges(json.loads((RESULTS / f"{given.name}.json").read_text())["cases"]))
+        return
     torch.set_num_threads(given.threads)
     started = time.process_time()
     cases: list[dict[str, Any]] = []
