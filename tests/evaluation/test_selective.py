@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixwright.evaluation.selective import coverages, risk_coverage
-from mixwright.methods.peer.layer import PEER
+from .neuron_layer import neuron_layer, tokens
 
 
 def test_risks_are_means_over_the_surest() -> None:
@@ -18,9 +18,8 @@ def test_risks_are_means_over_the_surest() -> None:
 
 
 def test_coverages_of_real_tokens() -> None:
-    torch.manual_seed(0)
-    peer = PEER(8, (5, 4), heads=2, top_k=3, dim_key=6)
-    x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
+    peer = neuron_layer().train()
+    x, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.bool)
     mask[0, 4:] = False
     found = coverages(peer, [x, {"x": x, "token_mask": mask}])
     assert peer.training and not peer.router.observers

@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixwright.routers.base import WideBuffers
 from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
 from mixwright.routing import Condition
 
 
-class AdaptiveRouter(AbstractRetriever):
+class AdaptiveRouter(WideBuffers, AbstractRetriever):
     """The smallest k <= max_k whose coverage reaches `coverage`, for each head: top-p over a million experts, exactly.
 
     Experts beyond it get weights of exactly zero, so that nobody reads their rows, and the softmax is over those that

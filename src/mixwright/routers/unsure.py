@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixwright.routers.adaptive import check_softmax
+from mixwright.routers.base import WideBuffers
 from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
 from mixwright.routing import Condition
 
 
-class AbstractUnsureRouter(AbstractRetriever):
+class AbstractUnsureRouter(WideBuffers, AbstractRetriever):
     """Flags heads whose coverage is below their entry in `thresholds`, and does something about them."""
 
     def __init__(self, router: ProductKeyRouter, thresholds: Float[Tensor, " heads"]) -> None:
