@@ -19,8 +19,12 @@ class OutputGate(nn.Module):
         super().__init__()
         self.gate = nn.Linear(d_in, width, bias=bias)
         self.out = nn.Linear(width, d_out, bias=bias)
+        for layer in (self.gate, self.out):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_out"]:
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch d_out"]:
         """The gated output."""
         return self.out(y * nn.functional.silu(self.gate(x)))
 
@@ -29,8 +33,8 @@ class NeuronExperts(AbstractExperts):
     """y = P_out sum_k w_k act(<u_k, P_in x>) v_k (He 2024, equation 6); the projections where rows are narrow.
 
     `table` may be shared with other layers. `out_bias` `(d_out,)` is added always, as a feed-forward layer's is.
-    `output_gate`: memory+'s, after the projection. `dropout`: of the neurons' values, in training. `grown`: rows that are
-    in use (later ones are new), heads, and slots of each head that are kept for new rows; None where nothing is new.
+    `output_gate`: memory+'s, after the projection. `dropout`: of the neurons' values, in training. `grown`: rows in
+    use (later ones are new), heads, and slots of each head that are kept for new rows; None where nothing is new.
     """
 
     def __init__(
@@ -70,20 +74,22 @@ class NeuronExperts(AbstractExperts):
         inside, weights, indices = self._by_token(x, routing)
         if self.dropout and self.training:
             weights = nn.functional.dropout(weights, self.dropout)
-        found = self._sum(inside, weights, indices)
+        with torch.autocast(x.device.type, enabled=False):
+            found = self._sum(inside, weights, indices)
         return self.outward(x, found.view(*x.shape[:-1], found.shape[-1]))
 
     def inward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch width"]:
         """What the rows meet."""
-        return x if self.project_in is None else self.project_in(x)
+        return x if self.project_in is None else self.project_in(_as_wide_as(self.project_in, x)).to(x.dtype)
 
     def outward(
         self, x: Float[Tensor, "*batch d_in"], found: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch d_out"]:
         """What becomes of the rows' sum: for a given `x` affine in `found`, so that each neuron's part has its own."""
-        out = found if self.project_out is None else self.project_out(found)
+        out = found if self.project_out is None else self.project_out(_as_wide_as(self.project_out, found))
         if self.output_gate is not None:
-            out = self.output_gate(x, out)
+            out = self.output_gate(_as_wide_as(self.output_gate, x), _as_wide_as(self.output_gate, out))
+        out = out.to(found.dtype)
         return out if self.out_bias is None else out + self.out_bias.to(out.dtype)
 
     def _by_token(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +121,13 @@ class NeuronExperts(AbstractExperts):
         )
         return table(x, *old, self.activation, reach=reach) + table(x, *new, self.activation)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         held = state_dict.get(f"{prefix}grown")
         if isinstance(held, Tensor) and self.grown is None:
             self.register_buffer("grown", torch.zeros_like(held))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _as_wide_as(module: nn.Module, x: Tensor) -> Tensor:
+    """`x` in the type of a layer's weights: a backbone may be narrower than what is trained beside it."""
+    return x.to(next((p.dtype for p in module.parameters()), x.dtype))

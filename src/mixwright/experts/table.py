@@ -1,5 +1,6 @@
 """Tables of single-neuron experts: what an expert's rows are, whoever holds them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
@@ -39,9 +40,9 @@ class NeuronTable(AbstractTable):
     """Rows in memory, `(experts, parts, width)`, the rows of one expert side by side; `bias` `(experts, parts - 1)`.
 
     One table may serve several layers. `gradient`: what its rows get in a backward pass: `dense`; `compact`, a sparse
-    tensor of the retrieved rows; `auto`, whichever is smaller. `frozen` `(experts,)`: rows that get no gradient and that
-    no optimiser of ours changes. `before_read`: called with the ids that are about to be read. `provenance`: where rows
-    came from, see `methods/peer/growth.py`.
+    tensor of the retrieved rows; `auto`, whichever is smaller. `frozen` `(experts,)`: rows that get no gradient and
+    that no optimiser of ours changes. `before_read`: called with the ids that are about to be read. `provenance`: where
+    rows came from, see `methods/peer/growth.py`.
     """
 
     def __init__(self, rows: Float[Tensor, "experts parts width"], bias: Tensor | None = None) -> None:
@@ -72,7 +73,7 @@ class NeuronTable(AbstractTable):
         *,
         reach: int | None = None,
     ) -> Float[Tensor, "tokens width"]:
-        """sum_k w_k e_{indices_k}(x). `reach`: while no id is beyond it, the sum is to the bit that of a table so long."""
+        """sum_k w_k e_{indices_k}(x). `reach`: while no id is beyond it, to the bit the sum of a table so long."""
         for read in self.before_read:
             read(indices)
         rows, bias = self.rows, self.bias
@@ -104,7 +105,7 @@ class NeuronTable(AbstractTable):
             self.frozen = torch.cat([self.frozen, self.frozen.new_zeros(len(rows))])
         self.num_experts += len(rows)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """What growth added is taken over from the state: rows, and the buffers about them."""
         held = state_dict.get(f"{prefix}rows")
         if isinstance(held, Tensor) and held.shape[1:] == self.rows.shape[1:] and len(held) > self.num_experts:
@@ -113,7 +114,7 @@ class NeuronTable(AbstractTable):
             found = state_dict.get(f"{prefix}{name}")
             if isinstance(found, Tensor) and (getattr(self, name) is None or getattr(self, name).shape != found.shape):
                 self.register_buffer(name, torch.zeros_like(found, device=self.rows.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _Rows(torch.autograd.Function):
@@ -150,3 +151,22 @@ def initial_rows(
     rows.normal_(std=width**-0.5, generator=generator)
     rows[:, -1].mul_(out_std * width**0.5)
     return rows
+
+
+def out_std_for(
+    rms: float, heads: int, top_k: int, gate: str, activation: Activation | None, num_experts: int
+) -> float:
+    """The deviation of rows out under which outputs have this root mean square, for inputs of one.
+
+    Var y = sum_k E[w^2] E[act(z)^2] sigma^2, z normal. Gates that add up to one are taken to be even; scores of the
+    retrieved to be those of the best of N with the variance 2/3 that standardised queries and fresh sub-keys give.
+    `activation` None: a memory of values.
+    """
+    hidden = 1.0 if activation is None else _SQUARES[activation]
+    best = 4 / 3 * math.log(max(2, num_experts))
+    squares = {"softmax": top_k**-2, "renormalised": top_k**-2, "relu": best, "one": 1.0}
+    sigmoid = (1 + math.exp(-(best**0.5))) ** -2
+    return rms / math.sqrt(heads * top_k * squares.get(gate, sigmoid) * hidden)
+
+
+_SQUARES: dict[Activation, float] = {"gelu": 0.425, "gelu_tanh": 0.425, "relu": 0.5, "silu": 0.356, "relu_squared": 1.5}

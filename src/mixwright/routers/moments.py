@@ -8,24 +8,24 @@ from torch import Tensor, distributed
 
 
 class Moments(NamedTuple):
-    """`count` `()` of tokens, their `mean` and the sum of `squares` of what deviates from it, both `(*features)`."""
+    """How many `tokens` `()`, their `mean` and the sum of `squares` of what deviates from it, both `(heads, dim)`."""
 
-    count: Tensor
+    tokens: Tensor
     mean: Tensor
     squares: Tensor
 
     def variance(self, *, unbiased: bool = False) -> Tensor:
         """Zero for no token."""
-        return self.squares / (self.count - int(unbiased)).clamp_min(1)
+        return self.squares / (self.tokens - int(unbiased)).clamp_min(1)
 
 
-def moments_of(values: Float[Tensor, "tokens *features"], counted: Bool[Tensor, " tokens"] | None) -> Moments:
+def moments_of(values: Float[Tensor, "tokens heads dim"], counted: Bool[Tensor, " tokens"] | None) -> Moments:
     """Of the `counted` tokens, whatever stands in the others; zeros of no token."""
     if counted is None:
         count = values.new_tensor(float(len(values)))
         mean = values.sum(0) / count.clamp_min(1)
         return Moments(count, mean, (values - mean).square().sum(0))
-    real = counted.view(-1, *[1] * (values.dim() - 1))
+    real = counted[:, None, None]
     count = counted.sum().to(values.dtype)
     mean = values.masked_fill(~real, 0).sum(0) / count.clamp_min(1)
     return Moments(count, mean, (values - mean).masked_fill(~real, 0).square().sum(0))
@@ -33,8 +33,8 @@ def moments_of(values: Float[Tensor, "tokens *features"], counted: Bool[Tensor, 
 
 def pooled(parts: Moments) -> Moments:
     """One of all parts, which lie along a leading axis; each weighs as many tokens as it counted."""
-    count = parts.count.sum(0)
-    weight = parts.count.view(-1, *[1] * (parts.mean.dim() - 1))
+    count = parts.tokens.sum(0)
+    weight = parts.tokens[:, None, None]
     mean = (weight * parts.mean).sum(0) / count.clamp_min(1)
     return Moments(count, mean, (parts.squares + weight * (parts.mean - mean).square()).sum(0))
 
@@ -52,7 +52,7 @@ def over_processes(moments: Moments) -> Moments:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return moments
     shape = moments.mean.shape
-    row = torch.cat([moments.count[None], moments.mean.flatten(), moments.squares.flatten()])
+    row = torch.cat([moments.tokens[None], moments.mean.flatten(), moments.squares.flatten()])
     rows = cast(Tensor, _Gathered.apply(row))
     count, mean, squares = rows.split([1, shape.numel(), shape.numel()], 1)
     return pooled(Moments(count[:, 0], mean.reshape(-1, *shape), squares.reshape(-1, *shape)))

@@ -210,7 +210,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         old, new = _gate(self.gate, scores[..., :k]), _gate(self.gate, scores[..., k:])
         return torch.cat([old, new * self.extra_gate.to(new.dtype)[:, None]], -1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """What growth and ablation added is taken over from the state, more sub-keys on the first axis included."""
         keys = state_dict.get(f"{prefix}keys_first")
         if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
@@ -221,13 +221,15 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
                 self.register_buffer(name, torch.zeros_like(held, device=self.keys_first.device))
         if f"{prefix}extra_gate" in state_dict and self.extra_gate is None:
             self.extra_gate = nn.Parameter(self.keys_first.new_zeros(self.heads))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def widen(self, sub_keys: int) -> None:
         """Room for more sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
         keys, bias = self.keys_first, self.bias_first
-        drawn = torch.empty(keys.shape[0], sub_keys, keys.shape[2]).uniform_(-(keys.shape[2] ** -0.5), keys.shape[2] ** -0.5)
+        drawn = torch.empty(keys.shape[0], sub_keys, keys.shape[2]).uniform_(
+            -(keys.shape[2] ** -0.5), keys.shape[2] ** -0.5
+        )
         keys.data = torch.cat([keys.data, drawn.to(keys)], 1)
         keys.grad = None
         self.bias_first = torch.cat([bias, bias.new_full((bias.shape[0], sub_keys), -torch.inf)], 1)
@@ -283,7 +285,7 @@ def _only_best(scores: Tensor, m: int) -> Tensor:
 def _measures(
     first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, scores: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coverage, entropy and margin; sub-keys that are kept out have no part, and what nothing is left of has no limit."""
+    """Coverage, entropy and margin, without sub-keys that are kept out; the margin is infinite where nobody is left."""
     first = first.masked_fill(first_bias == -torch.inf, -torch.inf)
     second = second.masked_fill(second_bias == -torch.inf, -torch.inf)
     left = scores[..., k] if scores.shape[-1] > k else torch.full_like(scores[..., 0], -torch.inf)
@@ -304,5 +306,9 @@ def _check(d_in: int, grid: tuple[int, int], heads: int, top_k: int, dim_key: in
             f"top_k={top_k}, but a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} experts; choose "
             f"1 <= top_k <= {grid[0] * grid[1]}."
         )
-    if half_top_k is not None and not (half_top_k >= 1 and min(half_top_k, grid[0]) * min(half_top_k, grid[1]) >= top_k):
-        raise ValueError(f"half_top_k={half_top_k} leaves fewer than top_k={top_k} pairs of sub-keys; choose it larger.")
+    if half_top_k is not None and not (
+        half_top_k >= 1 and min(half_top_k, grid[0]) * min(half_top_k, grid[1]) >= top_k
+    ):
+        raise ValueError(
+            f"half_top_k={half_top_k} leaves fewer than top_k={top_k} pairs of sub-keys; choose it larger."
+        )

@@ -6,7 +6,7 @@ query works on its halves, since halves are what meets sub-keys.
 
 from abc import ABC, abstractmethod
 from difflib import get_close_matches
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,10 +78,13 @@ class AbstractStandardised(WideBuffers, AbstractQueryNorm):
     def _share(self) -> float | Tensor:
         """The share of a step's statistics in the running ones."""
 
-    @torch.compiler.disable  # counts in Python, and knows a backward pass from a forward one
-    @torch.no_grad()
     def _count_in(self, found: Moments) -> tuple[Tensor, Tensor]:
         """The running statistics before this forward, which then counts, unless it runs again."""
+        return cast(Any, self)._counted_in(found)  # torch leaves the type of what it disables open
+
+    @torch.compiler.disable  # counts in Python, and knows a backward pass from a forward one
+    @torch.no_grad()
+    def _counted_in(self, found: Moments) -> tuple[Tensor, Tensor]:
         if runs_again() and self._before is not None:
             return self._before
         self._before = self.mean.clone(), self.var.clone()
@@ -92,7 +95,7 @@ class AbstractStandardised(WideBuffers, AbstractQueryNorm):
         self._pending = (found, done)
         if done >= self.accumulate:
             self._pending = None
-            several = (found.count > 1).to(self.mean.dtype)
+            several = (found.tokens > 1).to(self.mean.dtype)
             share = several * self._share()
             self.mean.lerp_(found.mean.to(self.mean.dtype), share)
             self.var.lerp_(found.variance(unbiased=True).to(self.var.dtype), share)
@@ -111,7 +114,7 @@ class BatchQueryNorm(AbstractStandardised):
     def _in_training(self, queries: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         found = over_processes(moments_of(queries, counted))
         mean, var = self._count_in(found)
-        several = found.count > 1
+        several = found.tokens > 1
         mean, var = mean.to(queries.dtype), var.to(queries.dtype)
         return torch.where(several, found.mean, mean), torch.where(several, found.variance(), var)
 
@@ -210,6 +213,6 @@ def known(setting: str, name: object, names: tuple[str, ...]) -> None:
     """Raises ValueError, with the nearest name, unless `name` is among `names`."""
     if name in names:
         return
-    near = get_close_matches(cast(str, name), names, n=1, cutoff=0.4) if isinstance(name, str) else []
+    near = get_close_matches(name, names, n=1, cutoff=0.4) if isinstance(name, str) else []
     advice = f"did you mean {near[0]!r}?" if near else f"accepted are {', '.join(names)}."
     raise ValueError(f"{setting}={name!r} is unknown; {advice}")
