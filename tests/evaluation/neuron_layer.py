@@ -26,7 +26,9 @@ class NeuronLayer(nn.Module):
         return self.experts(x, self.router(x, condition), condition)
 
 
-def neuron_layer(d: int = 8, grid: tuple[int, int] = (5, 4), *, parts: int = 2, seed: int = 0, **options: Any) -> NeuronLayer:
+def neuron_layer(
+    d: int = 8, grid: tuple[int, int] = (5, 4), *, parts: int = 2, seed: int = 0, **options: Any
+) -> NeuronLayer:
     """In eval mode, with keys long enough for scores that differ."""
     torch.manual_seed(seed)
     router = ProductKeyRouter(d, grid, **{"heads": 2, "top_k": 3, "dim_key": 6, **options})

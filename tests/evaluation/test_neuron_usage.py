@@ -13,6 +13,7 @@ from mixwright.ops.spread import unevenness
 from mixwright.routers.adaptive import AdaptiveRouter
 from mixwright.routers.unsure import LeaningRouter, WideningRouter
 from mixwright.routing import Condition
+
 from .neuron_layer import neuron_layer, tokens
 
 HEADS, K, N1, N2 = 2, 3, 5, 4
@@ -27,7 +28,7 @@ def test_counts_conserve(gate: Any, share: bool) -> None:
         peer(x[:1])
     found = meter["layer"]
     with torch.no_grad():
-            routing = peer.router(torch.cat([x, x[:1]]), Condition())
+        routing = peer.router(torch.cat([x, x[:1]]), Condition())
     acting = routing.weights != 0
     assert found.tokens == 28
     assert int(found.counts.sum()) == int(acting.sum()) <= 28 * HEADS * K

@@ -42,6 +42,7 @@ def adaptive(layer: NeuronLayer, _: int) -> None:
 def plain(layer: NeuronLayer, _: int) -> None: ...
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("change", [plain, narrow, leaning, widened, adaptive])
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_sum_to_the_output(change: Any, parts: int) -> None:
@@ -50,8 +51,7 @@ def test_parts_sum_to_the_output(change: Any, parts: int) -> None:
     layer.eval()
     x = tokens(3, 11)
     found = trace_neurons(layer.router, layer.experts, x)
-    with torch.no_grad():
-        y = layer(x).flatten(0, 1)
+    y = layer(x).flatten(0, 1)
     whole = found.rest.clone()
     experts: Any = layer.experts
     neurons = experts.experts if isinstance(experts, DenseBranch) else experts

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from mixwright.evaluation.selective import coverages, risk_coverage
+
 from .neuron_layer import neuron_layer, tokens
 
 
 def test_risks_are_means_over_the_surest() -> None:
-    found = risk_coverage(torch.tensor([4.0, 1.0, 2.0, 9.0]), torch.tensor([0.2, 0.9, 0.8, 0.1]), (1.0, 0.75, 0.5, 0.25))
+    found = risk_coverage(
+        torch.tensor([4.0, 1.0, 2.0, 9.0]), torch.tensor([0.2, 0.9, 0.8, 0.1]), (1.0, 0.75, 0.5, 0.25)
+    )
     assert found.risks == pytest.approx((4.0, 7 / 3, 1.5, 1.0))
     assert found.falls and found.area == pytest.approx((4.0 + 7 / 3 + 1.5 + 1.0) / 4)
     against = risk_coverage(torch.tensor([4.0, 1.0]), torch.tensor([0.9, 0.1]), (1.0, 0.5))

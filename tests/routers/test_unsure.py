@@ -53,7 +53,7 @@ def test_adaptive_keeps_the_fewest_experts_that_hold_the_wanted_share(share: boo
     need = (best.cumsum(-1) < wanted).sum(-1) + 1
     kept = (found.gates != 0).sum(-1)
     assert torch.equal(kept, need.clamp_max(WIDE))
-    assert 1 < len(kept.unique()), "the number varies"
+    assert len(kept.unique()) > 1, "the number varies"
     assert found.coverage is not None
     held = best.cumsum(-1).gather(-1, kept[..., None] - 1).squeeze(-1)
     torch.testing.assert_close(found.coverage.double(), held, rtol=2e-6, atol=0)

@@ -88,7 +88,8 @@ def trace_neurons(
     found = router.retrieve(x, given, detail=True)
     neurons = neurons_of(experts)
     flat = x.reshape(-1, x.shape[-1])
-    indices, gates = (t.reshape(len(flat), -1) for t in (found.indices, found.gates))
+    heads, k = found.indices.shape[-2:]
+    indices, gates, scores = (t.reshape(len(flat), heads * k) for t in (found.indices, found.gates, found.scores))
     parts = [
         neuron_parts(neurons, *chunk)
         for chunk in zip(flat.split(_CHUNK), gates.split(_CHUNK), indices.split(_CHUNK), strict=True)
@@ -100,17 +101,16 @@ def trace_neurons(
         dense = found.dense.reshape(-1)
         added = experts.dense(flat) * dense[:, None].to(flat.dtype)
         dense_norm, outputs = added.float().norm(dim=-1), outputs + added
-    heads, k = found.indices.shape[-2:]
     measures = {name: getattr(found, name) for name in ("coverage", "entropy", "margin", "flagged")}
     return NeuronTrace(
         grid=plain_router(router).grid,
         head=torch.arange(heads).repeat_interleave(k),
         ids=indices,
-        scores=found.scores.reshape(len(flat), -1),
+        scores=scores,
         gates=gates,
         activations=torch.cat([hidden for hidden, _ in parts]) if parts else gates,
         norms=torch.cat([part.float().norm(dim=-1) for _, part in parts]) if parts else gates,
-        **{name: None if m is None else m.reshape(len(flat), -1) for name, m in measures.items()},
+        **{name: None if m is None else m.reshape(len(flat), heads) for name, m in measures.items()},
         dense=dense,
         dense_norm=dense_norm,
         rest=rest,
@@ -138,4 +138,4 @@ def neuron_parts(
     added = (hidden * weights.to(inside.dtype))[..., None] * rows[:, :, -1]
     many = x[:, None].expand(-1, indices.shape[1], -1).reshape(-1, x.shape[-1])
     whole = neurons.outward(many, added.flatten(0, 1)) - neurons.outward(many, torch.zeros_like(added.flatten(0, 1)))
-    return hidden, whole.view(*indices.shape, -1)
+    return hidden, whole.unflatten(0, indices.shape)

@@ -14,7 +14,15 @@ def layer(*, share_keys: bool = True, gated: bool = False, row_dim: int | None =
     """Some sub-keys point where no query goes."""
     torch.manual_seed(0)
     peer = PEER(
-        16, (12, 12), heads=2, top_k=4, dim_key=16, query_norm="none", share_keys=share_keys, gated=gated, row_dim=row_dim
+        16,
+        (12, 12),
+        heads=2,
+        top_k=4,
+        dim_key=16,
+        query_norm="none",
+        share_keys=share_keys,
+        gated=gated,
+        row_dim=row_dim,
     )
     with torch.no_grad():
         for keys in (peer.router.keys_first, peer.router.keys_second):
