@@ -7,7 +7,8 @@
 Text: WikiText-2's validation file and the standard library's own source; tested on the first part of WikiText-2's test
 file and on every 20th file of the library. Tokens are a byte-level BPE of the training text. All systems see the same
 batches, in the same order, for a seed. Learning rates are chosen on a seed of their own, on the training text's end.
-`dense` is trained once more for each rival that costs more floating-point operations, as long as the rival's would last.
+`dense` is trained once more for each rival that costs more floating-point operations, for steps
+that cost the same.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import json
 import math
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from benchmarks.peer_language_models import (
 from benchmarks.record import surroundings, write_json
 
 RESULT = Path("benchmarks/results/peer_language.json")
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 TABLE_RATES = (1.0, 4.0)
 TUNING_SEED = 1000
 HEADS, TOP_K, DIM_KEY = 4, 16, 64
@@ -191,7 +193,7 @@ class Cells:
         self.cache = cache
         self.found: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
 
-    def take(self, key: str, measure: Any) -> Any:
+    def take(self, key: str, measure: Callable[[], Any]) -> Any:
         if key not in self.found:
             started = time.time()
             self.found[key] = measure()
@@ -209,7 +211,7 @@ def rates(cells: Cells, size: Size, texts: Texts, steps: int) -> dict[str, tuple
         for rate in RATES:
             for table in tables:
                 key = f"rate {system.name} {rate:g} x{table:g} at {steps}"
-                losses[rate, table] = cells.take(key, lambda: chosen_by(system, size, texts, steps, rate, table))
+                losses[rate, table] = cells.take(key, partial(chosen_by, system, size, texts, steps, rate, table))
         chosen[system.kind] = min(losses, key=lambda pair: losses[pair])
     return {**chosen, "pkm": chosen["peer"]}
 
@@ -227,13 +229,13 @@ def run(cells: Cells, size: Size, texts: Texts, seeds: int, steps: int, given: t
             key = f"{system.name} seed {seed} at {steps}"
             row = rows.setdefault(system.name, {"equal_steps": [], "dense_equal_flops": []})
             row["equal_steps"].append(
-                cells.take(key, lambda: measured(system, size, texts, seed, steps, *chosen[system.kind]))
+                cells.take(key, partial(measured, system, size, texts, seed, steps, *chosen[system.kind]))
             )
     for seed in range(seeds):
         for system in given:
             budget = max(steps, round(budgets[system.name] / steps * 20) * steps // 20)  # to 5 % of the steps
             key = f"dense seed {seed} at {budget}"
-            found = cells.take(key, lambda: measured(DENSE, size, texts, seed, budget, *chosen["dense"]))
+            found = cells.take(key, partial(measured, DENSE, size, texts, seed, budget, *chosen["dense"]))
             rows[system.name]["dense_equal_flops"].append(found)
     return {"rates": {kind: list(pair) for kind, pair in chosen.items()}, "systems": rows}
 
@@ -254,9 +256,7 @@ def main() -> None:
         print(tables(json.loads(RESULT.read_text())))
         return
     if not given.data.is_dir():
-        raise SystemExit(
-            f"{given.data} is not here: give the folder with WikiText-2's valid.txt and test.txt by --data."
-        )
+        raise SystemExit(f"{given.data} is not here; --data names the folder of WikiText-2's valid.txt and test.txt.")
     started = time.process_time()
     torch.set_num_threads(1)
     size = Size()
