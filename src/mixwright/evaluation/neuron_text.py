@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
+from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.explain import described, token_losses
 from mixwright.evaluation.neuron_sites import neuron_sites
@@ -125,7 +126,8 @@ def explain_neurons(model: ComposedModel, tokenizer: Any, text: str, *, target: 
 
     Raises ValueError for an empty or too long text, a `target` without a decoder, and a model without such layers.
     """
-    sites = neuron_sites(model)
+    mixtures = model.mixtures
+    sites = {site: mixtures[site] for site in neuron_sites(model)}
     streams = read(model, tokenizer, text, target)
     inputs = inputs_of(model, streams)
     with eval_mode(model):
@@ -148,7 +150,7 @@ def explain_neurons(model: ComposedModel, tokenizer: Any, text: str, *, target: 
 
 
 def _traced(
-    model: ComposedModel, sites: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]
+    model: ComposedModel, sites: Mapping[str, Mixture], inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, NeuronTrace], Any]:
     """One pass, and what each site did with what it was given in it."""
     given: dict[str, Tensor] = {}
