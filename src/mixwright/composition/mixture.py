@@ -9,6 +9,7 @@ from mixwright.composition.channel import Channel
 from mixwright.composition.entry import Carried
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
+from mixwright.routers.retriever import AbstractRetriever
 from mixwright.sites import linear_site
 
 
@@ -49,7 +50,7 @@ class Mixture(nn.Module):
             return bare(x, *args, **kwargs)
         read = x if self.carried is None else self.carried.take()
         tokens = self._with_batch_axis(read)
-        condition = channel.condition
+        condition = channel.condition_at(self.stream) if isinstance(router, AbstractRetriever) else channel.condition
         routing = channel.override or router(tokens, condition)
         channel.note(self.site, routing)
         if base is None:
@@ -61,6 +62,11 @@ class Mixture(nn.Module):
             else:
                 combined = out + experts(tokens, routing, condition).to(out.dtype)
         return combined.flatten(0, 1) if combined.dim() > read.dim() else combined
+
+    def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
+        """What the experts say to `x` by themselves, also where they are disabled; with a batch axis."""
+        tokens, condition = self._with_batch_axis(x), self.channel.condition_at(self.stream)
+        return self.experts(tokens, self.router(tokens, condition), condition)
 
     @property
     def bare(self) -> nn.Module | None:

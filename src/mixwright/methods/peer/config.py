@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixwright.methods.base import Method, Paper
@@ -56,7 +56,7 @@ class PeerConfig:
     """Whether heads share one set of sub-keys, as the paper's text says (section 2.3); the code that it points to has
     one for each head. None: shared."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"] | None = None
-    """sigma of an expert (section 2.1); the paper names ReLU and GELU and does not say which was trained. None: gelu."""
+    """sigma of an expert (section 2.1); the paper names ReLU and GELU, not which was trained. None: gelu."""
     gated: bool = False
     """Experts of three rows, sigma(<g, x>) <u, x> v, in place of two. Not in the paper."""
     row_dim: int | None = None
@@ -96,23 +96,19 @@ class PeerConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(n1, n2)."""
-        wanted = self.settled().num_experts
-        assert wanted is not None
+        wanted = self.layer["num_experts"]
         side = math.isqrt(wanted) if isinstance(wanted, int) else 0
         return (side, side) if isinstance(wanted, int) else (wanted[0], wanted[1])
 
-    def settled(self) -> "PeerConfig":
-        """The same with nothing left to the preset but a `dim_key` that is the width of the model."""
-        preset = PRESETS[self.preset]
-        return replace(self, **{name: preset[name] for name in preset if getattr(self, name) is None})
-
     @property
     def layer(self) -> dict[str, Any]:
-        """What `PEER` is called with beside its width, of the settings that are not None."""
-        names = {*PRESETS["paper"], "gated", "row_dim"}
-        settled = self.settled()
-        found = {f.name: getattr(settled, f.name) for f in fields(settled) if f.name in names}
-        return {name: value for name, value in found.items() if value is not None} | {"num_experts": self.grid}
+        """The layer's own settings, those of the preset in place of None; `dim_key` None: the model's width."""
+        preset = PRESETS[self.preset]
+        return {name: preset[name] if getattr(self, name) is None else getattr(self, name) for name in preset}
+
+    def settled(self) -> "PeerConfig":
+        """The same with nothing left to the preset but a `dim_key` that is the width of the model."""
+        return replace(self, **self.layer)
 
 
 def _unfit_counts(config: PeerConfig) -> list[str]:
@@ -137,9 +133,8 @@ def _unfit_counts(config: PeerConfig) -> list[str]:
 def _unfit_choices(config: PeerConfig) -> list[str]:
     """Settings that do not go together, in words."""
     faults = list[str]()
-    settled = config.settled()
-    wanted = settled.num_experts
-    sides = (wanted,) if isinstance(wanted, int) else wanted or ()
+    wanted, top_k = config.layer["num_experts"], config.layer["top_k"]
+    sides = (wanted,) if isinstance(wanted, int) else wanted
     if any(side < 1 for side in sides):
         faults.append(f"num_experts={wanted}: expected 1 or more")
     elif isinstance(wanted, int) and math.isqrt(wanted) ** 2 != wanted:
@@ -148,11 +143,12 @@ def _unfit_choices(config: PeerConfig) -> list[str]:
             f"num_experts={wanted}: expected a square number, such as {side**2} or {(side + 1) ** 2}, or a grid of "
             "sub-keys [n1, n2]"
         )
-    elif settled.top_k is not None and settled.top_k > config.grid[0] * config.grid[1]:
-        faults.append(f"top_k={settled.top_k}: expected at most the {config.grid[0] * config.grid[1]} experts")
+    elif top_k > config.grid[0] * config.grid[1]:
+        faults.append(f"top_k={top_k}: expected at most the {config.grid[0] * config.grid[1]} experts")
     if config.dim_key is not None and config.dim_key % 2:
         faults.append(f"dim_key={config.dim_key}: expected an even number, one half for each axis of the grid")
-    if not config.sites or any(not site.strip() for site in ([config.sites] if isinstance(config.sites, str) else config.sites)):
+    sites = (config.sites,) if isinstance(config.sites, str) else config.sites
+    if not sites or any(not site.strip() for site in sites):
         faults.append("sites: expected 'middle', 'all', or paths or globs")
     if config.mode == "parallel" and config.distil_steps:
         faults.append(

@@ -148,7 +148,7 @@ def _in_halves(modules: Mapping[str, nn.Module], whole: Mapping[str, Place]) -> 
     """Blocks in which two linear layers outside of attention go up and down again, and no module holds just these."""
     taken: set[str] = set(whole)
     for path, module in modules.items():
-        if not path.rpartition(".")[2].isdigit() or any(other.startswith(f"{path}.") for other in taken):
+        if not path.rpartition(".")[2].isdigit() or any(f"{other}.".startswith(f"{path}.") for other in taken):
             continue
         inside = [site for part, site in _linears(module, path) if not _in_attention(modules, path, part)]
         if len(inside) == 2 and _up_and_down(path, inside) is not None:
