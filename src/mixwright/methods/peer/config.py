@@ -14,14 +14,31 @@ if TYPE_CHECKING:
     from mixwright.composition.model import ComposedModel
     from mixwright.training.stage import Stage
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"num_experts": (1024, 1024), "heads": 8, "top_k": 16, "dim_key": 256, "gate": "softmax"}
-    | {"query_norm": "batch", "key_norm": "none", "share_keys": True, "activation": "gelu"},
-    "peer_pytorch": {"num_experts": (1000, 1000), "heads": 8, "top_k": 1, "dim_key": None, "gate": "relu"}
-    | {"query_norm": "none", "key_norm": "none", "share_keys": False, "activation": "gelu"},
+_PAPER: Mapping[str, Any] = {
+    "num_experts": (1024, 1024),
+    "heads": 8,
+    "top_k": 16,
+    "dim_key": 256,
+    "gate": "softmax",
+    "query_norm": "batch",
+    "key_norm": "none",
+    "share_keys": True,
+    "query_bias": False,
+    "activation": "gelu",
+    "values_only": False,
+    "output_gate": False,
 }
-"""What a None of the config stands for. `peer_pytorch` is what PEER-pytorch 0.2 computes when nothing is set: gates by
-ReLU and one expert per head, a key as wide as the model (`dim_key` None), sub-keys of each head's own."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": _PAPER,
+    "peer_pytorch": {**_PAPER, "num_experts": (1000, 1000), "top_k": 1, "dim_key": None, "gate": "relu"}
+    | {"query_norm": "none", "share_keys": False},
+    "memory_plus": {**_PAPER, "heads": 4, "top_k": 32, "dim_key": 512, "query_norm": "none", "share_keys": False}
+    | {"query_bias": True, "values_only": True, "output_gate": True},
+}
+"""Options of `PEER`; `dim_key` None: the width of the model. `paper`: He 2024; the width of queries, which it does not
+say, is Lample et al.'s. `peer_pytorch`: the defaults of PEER-pytorch 0.2, under which each head uses one expert, not
+16. `memory_plus`: Berges et al. 2024 and their code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +52,9 @@ class PeerConfig:
     mode: Literal["replace", "parallel"] = "replace"
     """`replace`, the paper: instead of the layer at the site, which is kept aside for `disabled()` and `remove()`.
     `parallel`: beside it, with rows out of zero, so that the model starts as its backbone to the bit."""
-    preset: Literal["paper", "peer_pytorch"] = "paper"
-    """Whose layer it is where the next fields are None: the paper's, or what PEER-pytorch computes by default."""
+    preset: Literal["paper", "peer_pytorch", "memory_plus"] = "paper"
+    """Whose layer it is where the next fields are None, first values included: the paper's, what PEER-pytorch computes
+    by default, or the memory layer of Berges et al. 2024."""
     num_experts: int | tuple[int, int] | None = None
     """N, a square number or a grid (n1, n2) of sub-keys (section 2.2). None: 1024 x 1024."""
     heads: int | None = None
@@ -57,6 +75,12 @@ class PeerConfig:
     one for each head. None: shared."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"] | None = None
     """sigma of an expert (section 2.1); the paper names ReLU and GELU, not which was trained. None: gelu."""
+    query_bias: bool | None = None
+    """A bias of the query network. Not stated in the paper. None: none."""
+    values_only: bool | None = None
+    """Experts of one row, v: a product-key memory (Lample et al. 2019), the paper's baseline. None: neurons."""
+    output_gate: bool | None = None
+    """memory+'s W2 (y * silu(W1 x)) (Berges et al. 2024, section 3). Not in the paper. None: none."""
     gated: bool = False
     """Experts of three rows, sigma(<g, x>) <u, x> v, in place of two. Not in the paper."""
     row_dim: int | None = None
@@ -145,6 +169,8 @@ def _unfit_choices(config: PeerConfig) -> list[str]:
         )
     elif top_k > config.grid[0] * config.grid[1]:
         faults.append(f"top_k={top_k}: expected at most the {config.grid[0] * config.grid[1]} experts")
+    if config.gated and config.layer["values_only"]:
+        faults.append("gated=true: values_only experts have one row and nothing to gate; leave one of them out")
     if config.dim_key is not None and config.dim_key % 2:
         faults.append(f"dim_key={config.dim_key}: expected an even number, one half for each axis of the grid")
     sites = (config.sites,) if isinstance(config.sites, str) else config.sites

@@ -11,7 +11,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import probe
 from mixwright.config import decode
 from mixwright.experts.neuron import NeuronExperts
-from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows
+from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
+from mixwright.methods.peer.layer import PEER
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.product_key import ProductKeyRouter
 
@@ -49,41 +50,62 @@ def compose(
     table: AbstractTable | None = None
     for number, path in enumerate(seen.sites):
         width, device = width_of(chosen[path]), device_at(backbone, path)
+        check_shared(settled, table, width, path)
         with _drawn(settled.seed + number, device):
-            router = make_router(settled, width, settled.grid)
-            if table is None or not settled.shared_table:
-                table = _fresh_table(settled, width)
-            elif table.width != (settled.row_dim or width):
-                raise ValueError(
-                    f"shared_table: {path} has the width {width}, and the rows of the sites before it {table.width}; "
-                    "set row_dim, or leave shared_table out."
-                )
-            experts = make_experts(settled, width, table)
-        mixtures[path] = mixture_at(backbone, chosen[path], settled, router.to(device), experts.to(device))
+            layer = fresh_layer(settled, width, table if settled.shared_table else None)
+        table = layer.experts.table
+        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
     return PeerComposedModel(backbone, mixtures, (), _description(settled, backbone), seen).train(backbone.training)
 
 
-def make_router(config: PeerConfig, width: int, grid: tuple[int, int]) -> ProductKeyRouter:
-    """Steps 1 to 3 for inputs of this width."""
+@torch.no_grad()
+def fresh_layer(config: PeerConfig, width: int, table: AbstractTable | None = None) -> PEER:
+    """The layer of the config with its first values; what it says is zero where it stands beside another."""
+    layer = PEER.preset(config.preset, width, **options_of(config, width, config.grid), table=table)
+    rows = layer.experts.table.get_parameter("rows")
+    if config.mode == "parallel":
+        rows[:, -1].zero_()
+        gate = layer.experts.output_gate
+        if gate is not None:
+            gate.out.bias.zero_()
+    if config.table_dtype == "bfloat16":
+        layer.experts.table.to(torch.bfloat16)
+    return layer
+
+
+def options_of(config: PeerConfig, width: int, grid: tuple[int, int]) -> dict[str, Any]:
+    """What `PEER` is called with beside its width."""
     own = config.layer
-    names = ("heads", "top_k", "gate", "query_norm", "share_keys")
-    return ProductKeyRouter(width, grid, dim_key=own["dim_key"] or width, **{name: own[name] for name in names})
+    own["dim_key"] = own["dim_key"] or 2 * (width // 2)
+    return {**own, "num_experts": grid, "gated": config.gated, "row_dim": config.row_dim}
 
 
-def make_experts(config: PeerConfig, width: int, table: AbstractTable) -> NeuronExperts:
-    """Step 4 over a table, with projections where its rows are narrow."""
-    into, out_of = None, None
-    if config.row_dim is not None:
-        into, out_of = (nn.Linear(*sizes, bias=False) for sizes in ((width, table.width), (table.width, width)))
-    return NeuronExperts(table, config.layer["activation"], into, out_of)
+def check_shared(config: PeerConfig, table: AbstractTable | None, width: int, path: str) -> None:
+    """Raises ValueError where a table is to be shared by sites of several widths."""
+    if config.shared_table and table is not None and table.width != (config.row_dim or width):
+        raise ValueError(
+            f"shared_table: {path} has the width {width}, and the rows of the sites before it {table.width}; set "
+            "row_dim, or leave shared_table out."
+        )
 
 
-def mixture_at(
-    backbone: nn.Module, place: Place, config: PeerConfig, router: ProductKeyRouter, experts: NeuronExperts
-) -> Mixture:
-    """A mixture for a place: beside what stands there, or instead of it."""
+def mixture_at(backbone: nn.Module, place: Place, config: PeerConfig, layer: PEER) -> Mixture:
+    """A layer at a place: beside what stands there, or instead of it."""
     base = backbone.get_submodule(place.path) if config.mode == "parallel" else None
-    return Mixture(base, router, experts, entry=place.entry)
+    return Mixture(base, layer.router, layer.experts, entry=place.entry)
+
+
+BIASES = (".bias_first", ".bias_second")
+
+
+def finite(bias: Tensor) -> Tensor:
+    """A selection bias as it is written."""
+    return bias.clamp_min(torch.finfo(bias.dtype).min)
+
+
+def infinite(bias: Tensor) -> Tensor:
+    """A selection bias as it was before it was written."""
+    return bias.masked_fill(bias == torch.finfo(bias.dtype).min, -torch.inf)
 
 
 def width_of(place: Place) -> int:
@@ -118,13 +140,16 @@ class PeerComposedModel(ComposedModel):
         }
 
     def added_state(self) -> dict[str, Tensor]:
-        """As of any composed model; a table that several sites share is there once, at the first of them."""
+        """As of any composed model; a table that several sites share is there once, at the first of them.
+
+        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only.
+        """
         state, known = super().added_state(), set[int]()
         for site, (_, experts) in self.layers.items():
             if id(experts.table) in known:
                 state = {name: t for name, t in state.items() if not name.startswith(f"{site}.experts.table.")}
             known.add(id(experts.table))
-        return state
+        return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
 
 
 @contextmanager
@@ -133,16 +158,6 @@ def _drawn(seed: int, device: torch.device) -> Generator[None]:
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.manual_seed(seed)
         yield
-
-
-def _fresh_table(config: PeerConfig, width: int) -> NeuronTable:
-    """Rows of the layer's own first values; rows out of zero where the experts stand beside a layer."""
-    heads, top_k = config.layer["heads"], config.layer["top_k"]
-    parts, experts = 3 if config.gated else 2, config.grid[0] * config.grid[1]
-    rows = initial_rows(experts, parts, config.row_dim or width, (heads * top_k) ** -0.5)
-    if config.mode == "parallel":
-        rows[:, -1].zero_()
-    return NeuronTable(rows.to(torch.bfloat16) if config.table_dtype == "bfloat16" else rows)
 
 
 def _description(config: PeerConfig, backbone: nn.Module) -> Composition:

@@ -11,21 +11,24 @@ from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
-from mixwright.experts.neuron import NeuronExperts
-from mixwright.experts.table import AbstractTable, NeuronTable
+from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
+from mixwright.methods.peer.layer import PEER
 from mixwright.methods.peer.model import (
+    BIASES,
     PeerComposedModel,
     device_at,
-    make_experts,
-    make_router,
+    infinite,
     mixture_at,
+    options_of,
     width_of,
 )
-from mixwright.routers.product_key import ProductKeyRouter
+
+KEYS = ("keys_first", "keys_second")
 
 _TABLE = "table."
+_ADVICE = "load it with the config that it was saved with."
 
 
 def restore(
@@ -51,66 +54,57 @@ def restore(
     table: AbstractTable | None = None
     for path in seen.sites:
         width, device = width_of(chosen[path]), device_at(backbone, path)
-        router = _router(settled, width, stored[path], path).to(device)
-        if table is None or not settled.shared_table:
-            table = _table(settled, width, router.num_experts, stored[path], path)
-        experts = _experts(settled, width, table, stored[path], path).to(device)
-        mixtures[path] = mixture_at(backbone, chosen[path], settled, router, experts)
+        shared = table if settled.shared_table else None
+        layer = _layer(settled, width, stored[path], path, shared)
+        table = layer.experts.table
+        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
     model = PeerComposedModel(backbone, mixtures, (), described, seen).train(backbone.training)
     model.whole.update(whole)
     return model
 
 
-def _router(config: PeerConfig, width: int, state: SiteState, path: str) -> ProductKeyRouter:
-    keys = [state.router.get(name) for name in ("keys_first", "keys_second")]
-    if any(half is None or half.dim() != 3 for half in keys):
-        raise CatalogError("TENSOR", path, "its sub-keys (keys_first, keys_second) are missing or no stacks of rows.")
-    first, second = (half.shape[1] for half in keys if half is not None)
-    router = make_router(config, width, (first, second))
-    _fill(router, state.router, path, "router")
-    return router
+def _layer(config: PeerConfig, width: int, state: SiteState, path: str, table: AbstractTable | None) -> PEER:
+    """The layer of one site, around its tensors; `table`: another site's, for this one too."""
+    grid = _grid(state, path)
+    try:
+        with torch.device("meta"):
+            layer = PEER(width, **options_of(config, width, grid))
+    except ValueError as error:
+        raise CatalogError(
+            "SHAPE", path, f"a grid of {grid[0]} x {grid[1]} does not fit its config: {error}"
+        ) from error
+    experts = state.experts
+    if table is not None:
+        layer.experts.table = table
+        experts = {**{f"{_TABLE}{name}": t for name, t in table.state_dict().items()}, **experts}
+    elif "table.bias" in experts:
+        layer.experts.table.bias = nn.Parameter(torch.zeros_like(experts["table.bias"]))
+    if "out_bias" in experts:
+        layer.experts.out_bias = nn.Parameter(torch.zeros_like(experts["out_bias"]))
+    router = {name: infinite(t) if f".{name}" in BIASES else t for name, t in state.router.items()}
+    _fill(layer.router, router, path, "router")
+    _fill(layer.experts, experts, path, "experts")
+    return layer
 
 
-def _table(config: PeerConfig, width: int, experts: int, state: SiteState, path: str) -> NeuronTable:
-    rows, bias = (state.experts.get(f"{_TABLE}{name}") for name in ("rows", "bias"))
-    wanted = (experts, 3 if config.gated else 2, config.row_dim or width)
-    if rows is None or tuple(rows.shape) != wanted:
-        came = "nothing" if rows is None else str(tuple(rows.shape))
-        raise CatalogError("SHAPE", path, f"the rows of its experts are {came}; the config and its keys want {wanted}.")
-    if bias is not None and tuple(bias.shape) != (experts, wanted[1] - 1):
-        raise CatalogError("SHAPE", path, f"table.bias is {tuple(bias.shape)}; expected {(experts, wanted[1] - 1)}.")
-    return NeuronTable(rows, bias)
-
-
-def _experts(config: PeerConfig, width: int, table: AbstractTable, state: SiteState, path: str) -> NeuronExperts:
-    experts = make_experts(config, width, table)
-    if "out_bias" in state.experts:
-        experts.out_bias = nn.Parameter(torch.zeros(width))
-    if any(name.startswith(_TABLE) for name in state.experts):
-        _fill(experts, state.experts, path, "experts")
-    else:
-        held = {f"{_TABLE}{name}": tensor for name, tensor in table.state_dict().items()}
-        _fill(experts, {**state.experts, **held}, path, "experts")
-    return experts
+def _grid(state: SiteState, path: str) -> tuple[int, int]:
+    """Sub-keys on each axis. Layers grow, so the config does not say it."""
+    sides = [half.shape[1] for name in KEYS if (half := state.router.get(name)) is not None and half.dim() == 3]
+    if len(sides) < len(KEYS):
+        raise CatalogError("TENSOR", path, f"its sub-keys ({', '.join(KEYS)}) are missing, or no stacks of rows.")
+    return sides[0], sides[1]
 
 
 def _fill(part: nn.Module, state: Mapping[str, Tensor], path: str, name: str) -> None:
-    """Put stored tensors into a part. A buffer that may be None is there if it was stored."""
-    for key, tensor in state.items():
-        owner, _, last = key.rpartition(".")
-        home = dict(part.named_modules()).get(owner)
-        if home is not None and last not in vars(home) and getattr(home, last, tensor) is None:
-            setattr(home, last, tensor)
-    wanted = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if wanted != found:
-        key = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
-        code = "SHAPE" if key in wanted and key in found else "TENSOR"
-        raise CatalogError(
-            code,
-            path,
-            f"{name}.{key[:80]} is {found.get(key, 'missing')}; the config wants {wanted.get(key, 'nothing there')}. "
-            "Load it with the config that it was saved with.",
-        )
-    part.load_state_dict(dict(state), assign=True)
+    """Put stored tensors into a part: all that it has, and nothing that it has not. Growth may have added some."""
+    try:
+        part.load_state_dict(dict(state), strict=False, assign=True)
+    except RuntimeError as error:
+        words = " ".join(str(error).split(":", 1)[-1].split())
+        raise CatalogError("SHAPE", path, f"its {name}: {words[:300]}; {_ADVICE}") from error
+    wanted = set(part.state_dict())
+    if wanted != set(state):
+        key = sorted(wanted ^ set(state))[0]
+        what = "missing" if key in wanted else "no part of a layer of its config"
+        raise CatalogError("TENSOR", path, f"{name}.{key[:80]} is {what}; {_ADVICE}")
