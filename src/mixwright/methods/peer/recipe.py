@@ -10,9 +10,10 @@ from torch import nn
 
 from mixwright.composition.model import ComposedModel
 from mixwright.config import decode
+from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.methods.peer.distil import match_replaced
-from mixwright.methods.peer.model import PeerComposedModel, compose
+from mixwright.methods.peer.model import compose
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import Objective, ParamGroup, Stage
 
