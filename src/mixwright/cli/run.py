@@ -77,7 +77,9 @@ def _explained(model: "ComposedModel", tokenizer: Any, prompt: str, answer: str)
     from mixwright.evaluation.neuron_text import explain_neurons, retrieves_neurons
 
     say = explain_neurons if retrieves_neurons(model) else explain
-    return say(model, tokenizer, prompt, target=answer) if _two_streams(model) else say(model, tokenizer, prompt + answer)
+    return (
+        say(model, tokenizer, prompt, target=answer) if _two_streams(model) else say(model, tokenizer, prompt + answer)
+    )
 
 
 def _print_explained(explained: Any) -> None:
@@ -85,7 +87,10 @@ def _print_explained(explained: Any) -> None:
     from mixwright.report.neuron_terminal import print_neuron_text
     from mixwright.report.terminal import print_explanation
 
-    (print_neuron_text if isinstance(explained, NeuronText) else print_explanation)(explained, console())
+    if isinstance(explained, NeuronText):
+        print_neuron_text(explained, console())
+    else:
+        print_explanation(explained, console())
 
 
 def _retrieved(routings: "dict[str, list[Routing]]") -> str:

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
 
 
-def compose(
-    config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None
-) -> PeerComposedModel:
+def compose(config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> PeerComposedModel:
     """Fresh experts at the sites of one backbone: steps 1 to 4 of the module's text, before training.
 
     Everything random depends on `config.seed` alone. Raises ValueError for settings that do not fit each other or the
