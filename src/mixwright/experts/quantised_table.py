@@ -58,6 +58,13 @@ def quantise(table: AbstractTable) -> QuantisedTable:
     return QuantisedTable(rows, scales, biases)
 
 
+@torch.no_grad()
+def narrowed(table: AbstractTable, dtype: torch.dtype) -> NeuronTable:
+    """A table whose rows are kept in a narrower type, such as bfloat16; sums run in the input's. Biases stay wide."""
+    rows, bias = table.take(torch.arange(table.num_experts))
+    return NeuronTable(rows.to(dtype), bias)
+
+
 def dequantise(table: QuantisedTable) -> NeuronTable:
     """The float32 table that stands for the same values."""
     return NeuronTable(*table.fetch(torch.arange(table.num_experts)))

@@ -33,6 +33,7 @@ class AbstractShardedTable(AbstractTable):
     local: NeuronTable
     group: dist.ProcessGroup | None
     pieces: tuple[Piece, ...]
+    collective = True
 
     def take(
         self, ids: Int[Tensor, " ids"]
@@ -80,14 +81,16 @@ class ColumnTable(AbstractShardedTable):
         widths = [end - start for _, (start, end) in self.pieces]
         tokens = group_tokens(len(x), self.group, x.device)
         ids = self._everybodys_ids(tokens, indices)
-        some = tokens.columns(x, widths)
-        some = some.to(torch.promote_types(x.dtype, torch.float32))
         rows, there = self._rows(ids)
-        hidden = weights.to(some.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        hidden = weights.to(wide)
         if self.parts > 1:
+            some = tokens.columns(x, widths).to(wide)
             partial = torch.stack([row_dots(some, part, there) for part in rows[:-1]], -1)
-            if self.local.bias is not None:
-                partial = partial + self.local.bias[ids].to(partial.dtype)
+            bias, frozen = self.local.bias, self.local.frozen
+            if bias is not None:
+                free = bias if frozen is None else torch.where(frozen[:, None], bias.detach(), bias)
+                partial = partial + free[ids].to(partial.dtype)
             hidden = activate(tokens.sum_of_own(partial), activation) * hidden
         found = row_sums(tokens.all(hidden), rows[-1], there)
         return tokens.tokens(found.to(x.dtype), widths)
@@ -102,7 +105,7 @@ class ColumnTable(AbstractShardedTable):
         unique, there = ids.unique(return_inverse=True)
         half = 2 * len(unique) < self.num_experts
         compact = self.local.gradient == "compact" or (self.local.gradient == "auto" and half)
-        return take_rows(rows, unique, compact=compact), there
+        return take_rows(rows, unique, self.local.frozen, compact=compact), there
 
 
 class RowTable(AbstractShardedTable):
@@ -134,7 +137,8 @@ class RowTable(AbstractShardedTable):
         """sum_k w_k e_{indices_k}(x) for this process's tokens."""
         tokens = group_tokens(len(x), self.group, x.device)
         ids = self._everybodys_ids(tokens, indices)
-        everybody, gates = tokens.all(x), tokens.all(weights)
+        everybody = tokens.all(x) if self.parts > 1 else x.new_zeros(1, 1).expand(len(ids), self.width)
+        gates = tokens.all(weights)
         here = (ids >= self.start) & (ids < self.end)
         busy = here.any(1).nonzero()[:, 0]
         ids, gates, here = _first(ids[busy] - self.start, gates[busy], here[busy])

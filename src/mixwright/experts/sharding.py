@@ -98,7 +98,7 @@ def _cut(table: NeuronTable, by: str, group: dist.ProcessGroup | None, parts: in
         bias = None
     local = NeuronTable(rows, None if bias is None else bias.detach().clone())
     local.rows.requires_grad_(table.rows.requires_grad)
-    local.gradient, local.frozen = table.gradient, frozen
+    local.gradient, local.frozen, local.provenance = table.gradient, frozen, table.provenance
     local.train(table.training)
     return ColumnTable(local, table.width, group) if by == "columns" else RowTable(local, table.num_experts, group)
 
@@ -114,7 +114,8 @@ def _whole(table: AbstractShardedTable) -> NeuronTable:
     whole.rows.requires_grad_(local.rows.requires_grad)
     frozen = None if local.frozen is None else local.frozen.to(torch.uint8)
     found = _per_expert(table, frozen, ())
-    whole.gradient, whole.frozen = local.gradient, None if found is None else found.bool()
+    whole.gradient, whole.provenance = local.gradient, local.provenance
+    whole.frozen = None if found is None else found.bool()
     return whole.train(table.training)
 
 

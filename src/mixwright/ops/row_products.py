@@ -7,7 +7,7 @@ needs the dots of all of them before the nonlinearity, so that it has to stop in
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -31,13 +31,17 @@ def row_sums(
 
 
 def take_rows(
-    rows: Float[Tensor, "experts parts width"], ids: Int[Tensor, " unique"], *, compact: bool
+    rows: Float[Tensor, "experts parts width"],
+    ids: Int[Tensor, " unique"],
+    frozen: Bool[Tensor, " experts"] | None = None,
+    *,
+    compact: bool,
 ) -> tuple[Float[Tensor, "unique width"], ...]:
     """The rows `ids` (distinct, ascending), a tensor for each part.
 
-    The gradient is a coalesced sparse tensor of these rows alone if `compact`, and else dense.
+    The gradient is a coalesced sparse tensor of these rows alone if `compact`, and else dense; frozen rows get none.
     """
-    return _Take.apply(rows, ids, compact)  # type: ignore[no-any-return]
+    return _Take.apply(rows, ids, frozen, compact)  # type: ignore[no-any-return]
 
 
 def _gathered(rows: Tensor, indices: Tensor, dtype: torch.dtype):
@@ -110,16 +114,20 @@ class _Sums(Function):
 
 class _Take(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ids: Tensor, compact: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.save_for_backward(ids)
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, frozen: Tensor | None, compact: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.save_for_backward(ids, frozen)
         ctx.shape, ctx.compact = rows.shape, compact
         return tuple(rows[:, part].index_select(0, ids) for part in range(rows.shape[1]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (ids,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        ids, frozen = ctx.saved_tensors
         values = torch.stack(gradients, 1)
+        if frozen is not None:
+            free = ~frozen[ids]
+            ids, values = ids[free], values[free]
         if ctx.compact:
-            return torch.sparse_coo_tensor(ids[None], values, ctx.shape, check_invariants=False, is_coalesced=True), None, None
-        return values.new_zeros(ctx.shape).index_copy_(0, ids, values), None, None
+            made = torch.sparse_coo_tensor(ids[None], values, ctx.shape, check_invariants=False, is_coalesced=True)
+            return made, None, None, None
+        return values.new_zeros(ctx.shape).index_copy_(0, ids, values), None, None, None
