@@ -164,7 +164,8 @@ class Counted:
 
 REFUSED = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "all_to_all",
-    "all_gather_single", "broadcast", "send", "isend", "gather", "scatter", "reduce", "all_gather_object", "broadcast_object_list",
+    "all_gather_single", "broadcast", "send", "isend", "gather", "scatter", "reduce",
+    "all_gather_object", "broadcast_object_list",
 )  # fmt: skip
 
 
