@@ -90,7 +90,9 @@ def test_a_shared_table_is_one_and_is_written_once(tmp_path: Path) -> None:
     model(**example_inputs(model.backbone))[0].square().sum().backward()  # both sites teach the one table
     both = copy.deepcopy(model)
     assert len({id(experts.table) for _, experts in both.layers.values()}) == 1
-    with pytest.raises(ValueError, match="shared_table: .* has the width 48, .* of the sites before it 32; set row_dim"):
+    with pytest.raises(
+        ValueError, match="shared_table: .* has the width 48, .* of the sites before it 32; set row_dim"
+    ):
         compose(PeerConfig(**SMALL | {"shared_table": True, "sites": ("q_proj", "wide")}), [_two_widths()])
 
 
