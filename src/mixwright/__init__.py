@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixwright.composition.model import ComposedModel
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
     from mixwright.routing import Condition, Routing, SupportSet
+    from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
 
 __version__ = "0.1.0"
 
@@ -24,8 +25,10 @@ __all__ = [
     "ComposedModel",
     "Condition",
     "IncompatibleExpert",
+    "LazyAdamW",
     "MissingExtra",
     "Routing",
+    "RowwiseAdagrad",
     "SupportSet",
     "__version__",
     "compose",
@@ -41,8 +44,10 @@ _HOMES = {
     "ComposedModel": "composition.model",
     "Condition": "routing",
     "IncompatibleExpert": "errors",
+    "LazyAdamW": "training.row_optimizers",
     "MissingExtra": "errors",
     "Routing": "routing",
+    "RowwiseAdagrad": "training.row_optimizers",
     "SupportSet": "routing",
     "compose": "api",
     "evaluate": "api",

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,6 +73,27 @@ class NeuronTable(AbstractTable):
         for read in self.before_read:
             read(ids)
         return self.rows[ids], None if self.bias is None else self.bias[ids]
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Have every row as it would be read now: before all are copied or saved, or some written to from outside."""
+        if self.before_read:
+            ids = torch.arange(self.num_experts, device=self.rows.device)
+            for read in self.before_read:
+                read(ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is of rows as they would be read, and nobody follows it."""
+        self.catch_up()
+        return {**self.__dict__, "before_read": []}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.catch_up()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.catch_up()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def initial_rows(

@@ -25,9 +25,9 @@ from torch import Tensor
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
-SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c"))
+SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c", "row_update.c"))
 HEADERS = tuple(NATIVE / name for name in ("turn.h",))
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ class Kernels(NamedTuple):
     add_lora: Callable[..., int]
     build: Callable[..., None]
     build_backward: Callable[..., None]
+    lagging_rows: Callable[..., int]
+    adamw_rows: Callable[..., None]
+    replay_rows: Callable[..., None]
+    adagrad_rows: Callable[..., None]
+    decay_rows: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -49,9 +54,14 @@ _ARGUMENTS = {
     "add_lora": "p" * 7 + "i" * 6 + "pp",
     "build": "p" * 6 + "i" * 9,
     "build_backward": "p" * 11 + "i" * 9,
+    "lagging_rows": "ppiiippp",
+    "adamw_rows": "p" * 5 + "iii" + "f" * 7 + "i",
+    "replay_rows": "p" * 5 + "iii" + "p" * 5 + "ifi",
+    "adagrad_rows": "p" * 4 + "iiii" + "fff" + "i",
+    "decay_rows": "ppp" + "iiii",
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
-_RETURNS = {"add_lora": ctypes.c_int}
+_RETURNS = {"add_lora": ctypes.c_int, "lagging_rows": ctypes.c_int64}
 """What they return, where it is not nothing."""
 
 

@@ -5,18 +5,18 @@ no gradient in the steps j = s+1 .. t, dense AdamW does
 
     p <- K(s,t) p - m sum_j c_j u_j / (sqrt(v) + eps u_j)        m <- b1^(t-s) m        v <- b2^(t-s) v
 
-    c_j = lr_j b1^(j-s) / (1 - b1^j) K(j,t)     u_j = sqrt(1 - b2^j) b2^(-(j-s)/2)     K(j,t) = prod_{j<l<=t} (1 - lr_l wd_l)
+    c_j = lr_j b1^(j-s) / (1 - b1^j) K(j,t)   u_j = sqrt(1 - b2^j) b2^(-(j-s)/2)   K(j,t) = prod_(j<l<=t) 1 - lr_l wd_l
 
-u_j grows with j. Where it lies within [a, R a], with the middle u = a (1 + R) / 2 and y = eps u / (sqrt(v) + eps u) <= 1,
+u_j grows with j. Where it lies within [a, R a], with its middle u = a (1 + R) / 2 and y = eps u / (sqrt(v) + eps u),
 
     sum_j c_j u_j / (sqrt(v) + eps u_j) = sum_n y^n M_n / (sqrt(v) + eps u)        M_n = sum_j c_j u_j (1 - u_j / u)^n
 
-whose terms fall at least as fast as ((R-1)/(R+1))^n whatever v is. So the steps are cut into segments by u, each costs one
-division and a short polynomial per parameter however many steps it stands for, and M_n depends on s and t alone.
+whose terms fall at least as fast as ((R-1)/(R+1))^n, whatever v is. So the steps are cut into segments by u; each costs
+a division and a short polynomial per number of the row however many steps it stands for, and M_n needs only s and t.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ SPREAD = 1.5
 """R: terms fall by (R-1)/(R+1) = 1/5."""
 TERMS = {torch.float32: 10, torch.float64: 22}
 TOLERANCE = {torch.float32: 1e-9, torch.float64: 1e-17}
-_CELLS = 1 << 18
+_CELLS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Replay:
     second: Float[Tensor, " starts"]
     middles: Float[Tensor, "starts segments"]
     sums: Float[Tensor, "starts segments terms"]
+
+    def to(self, device: torch.device) -> "Replay":
+        """On another device."""
+        return Replay(*(getattr(self, part.name).to(device) for part in fields(self)))
 
 
 def missed_steps(
@@ -99,12 +103,11 @@ def _segments(
     segment = ((u / u[:, :1]).log() / math.log(SPREAD)).floor().long().clamp_min(0).masked_fill(~real, 0)
     count = int(segment.max().item()) + 1
     middles = u[:, :1] * SPREAD ** torch.arange(count).double() * (1 + SPREAD) / 2
-    off = 1 - u / middles.gather(1, segment)
-    weight, sums = c * u, u.new_empty((terms, len(starts), count))
-    for n in range(terms):
-        sums[n] = u.new_zeros((len(starts), count)).scatter_add_(1, segment, weight)
-        weight = weight * off
-    return middles, sums.permute(1, 2, 0)
+    powers = (1 - u / middles.gather(1, segment))[..., None].expand(-1, -1, terms).clone()
+    powers[..., 0] = c * u
+    places = segment[..., None] * terms + torch.arange(terms)
+    sums = u.new_zeros((len(starts), count * terms)).scatter_add_(1, places.flatten(1), powers.cumprod(2).flatten(1))
+    return middles, sums.unflatten(1, (count, terms))
 
 
 def _wider(values: Tensor, segments: int, filler: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Optimiser rules for some rows of a table, in place: whatever is not named by `ids` is neither read nor written.
 
-Here they are in plain torch, on any device, in blocks of rows; this is the specification. `ops/row_kernels.py` takes the
-compiled twin where there is one. A table lies flat, `(experts, numbers of an expert)`; `ids` are unique, and None stands
-for every row. Rows in bfloat16 are computed in float32, as their state is, and rounded stochastically by `key`.
+Here they are in plain torch, on any device, in blocks of rows; this is the specification. `ops/row_kernels.py` takes
+the compiled twin where there is one. A table lies flat, `(experts, numbers of an expert)`; `ids` are unique, and None
+stands for every row. Rows in bfloat16 are computed in float32, as their state is, and rounded stochastically by `key`.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """float32 to bfloat16 such that the mean is kept: rounded up as often as the part that is lost asks for.
 
-The noise is a hash of (key, row, column), so it needs no generator, does not depend on the number of threads or the order
-of rows, and is the same here and in the compiled twin. The hash ends as MurmurHash3 does (Appleby 2011, public domain).
+The noise is a hash of (key, row, column), so it needs no generator, does not depend on the number of threads or the
+order of rows, and is the same here and in the compiled twin. It ends as MurmurHash3 does (Appleby 2011, public domain).
 """
 
 import torch

@@ -8,8 +8,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#pragma GCC optimize("no-math-errno", "no-trapping-math", "no-signed-zeros")
-
 #define BLOCK 256
 #define TERMS 10
 
@@ -65,7 +63,7 @@ static inline void ahead(const void *place, int64_t bytes) {
 /* Rows among `ids` whose `last` step is before `step`, each once, with that step; they are marked as caught up.
    Returns how many, or -1 for an id outside of the table. Frozen rows are only marked. */
 int64_t mixwright_lagging_rows(
-    const int64_t *ids, int64_t count, int32_t *last, int64_t experts, int64_t step, const uint8_t *frozen,
+    const int64_t *ids, int32_t *last, int64_t count, int64_t experts, int64_t step, const uint8_t *frozen,
     int64_t *found, int64_t *starts) {
     int64_t lagging = 0;
     for (int64_t i = 0; i < count; i++)
@@ -83,10 +81,28 @@ int64_t mixwright_lagging_rows(
     return lagging;
 }
 
+typedef struct {
+    float keep, rest1, beta2, rest2, size, root, eps;
+} adamw; /* rest1 = 1 - beta1, rest2 = 1 - beta2, which float32 would not give */
+
+static void adamw_block(
+    float *restrict p, float *restrict m, float *restrict v, const float *restrict g, int n, adamw rule) {
+    float inverse = 1 / rule.root;
+    for (int k = 0; k < n; k++) {
+        m[k] += rule.rest1 * (g[k] - m[k]);
+        v[k] = rule.beta2 * v[k] + rule.rest2 * g[k] * g[k];
+        p[k] = rule.keep * p[k] - rule.size * m[k] / (sqrtf(v[k]) * inverse + rule.eps);
+    }
+}
+
+static void roots(float *restrict root, const float *restrict v, int n) {
+    for (int k = 0; k < n; k++) root[k] = sqrtf(v[k]);
+}
+
 void mixwright_adamw_rows(
     void *rows, float *first, float *second, const int64_t *ids, const float *gradient, int64_t count, int64_t width,
-    int half, float keep, float beta1, float beta2, float size, float root, float eps, uint32_t key) {
-    float rest1 = 1 - beta1, rest2 = 1 - beta2, inverse = 1 / root;
+    int64_t half, float keep, float rest1, float beta2, float rest2, float size, float root, float eps, int64_t key) {
+    adamw rule = {keep, rest1, beta2, rest2, size, root, eps};
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < count; i++) {
         int64_t row = (ids ? ids[i] : i) * width;
@@ -99,15 +115,9 @@ void mixwright_adamw_rows(
         for (int64_t from = 0; from < width; from += BLOCK) {
             int n = width - from < BLOCK ? (int)(width - from) : BLOCK;
             float p[BLOCK];
-            float *restrict m = first + row + from, *restrict v = second + row + from;
-            const float *restrict g = gradient + i * width + from;
             read_row(p, rows, half, row + from, n);
-            for (int k = 0; k < n; k++) {
-                m[k] += rest1 * (g[k] - m[k]);
-                v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
-                p[k] = keep * p[k] - size * m[k] / (sqrtf(v[k]) * inverse + eps);
-            }
-            write_row(rows, half, row + from, p, n, key);
+            adamw_block(p, first + row + from, second + row + from, gradient + i * width + from, n, rule);
+            write_row(rows, half, row + from, p, n, (uint32_t)key);
         }
     }
 }
@@ -124,8 +134,8 @@ static inline void add_segment(
 
 void mixwright_replay_rows(
     void *rows, float *first, float *second, const int64_t *ids, const int64_t *which, int64_t count, int64_t width,
-    int half, const float *kept, const float *first_kept, const float *second_kept, const float *middles,
-    const float *sums, int64_t segments, float eps, uint32_t key) {
+    int64_t half, const float *kept, const float *first_kept, const float *second_kept, const float *middles,
+    const float *sums, int64_t segments, float eps, int64_t key) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < count; i++) {
         int64_t row = ids[i] * width, start = which[i];
@@ -141,10 +151,8 @@ void mixwright_replay_rows(
             float p[BLOCK], root[BLOCK], move[BLOCK];
             float *restrict m = first + row + from, *restrict v = second + row + from;
             read_row(p, rows, half, row + from, n);
-            for (int k = 0; k < n; k++) {
-                root[k] = sqrtf(v[k]);
-                move[k] = 0;
-            }
+            roots(root, v, n);
+            memset(move, 0, sizeof move);
             for (int64_t segment = 0; segment < segments; segment++)
                 if (own[segment * TERMS] != 0)
                     add_segment(move, root, n, eps * middles[start * segments + segment], own + segment * TERMS);
@@ -153,14 +161,14 @@ void mixwright_replay_rows(
                 m[k] *= first_kept[start];
                 v[k] *= second_kept[start];
             }
-            write_row(rows, half, row + from, p, n, key);
+            write_row(rows, half, row + from, p, n, (uint32_t)key);
         }
     }
 }
 
 void mixwright_adagrad_rows(
     void *rows, float *sums, const int64_t *ids, const float *gradient, int64_t count, int64_t parts, int64_t width,
-    int half, float lr, float eps, float keep, uint32_t key) {
+    int64_t half, float lr, float eps, float keep, int64_t key) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < count; i++) {
         int64_t row = ids ? ids[i] : i;
@@ -183,8 +191,23 @@ void mixwright_adagrad_rows(
                 int64_t place = (row * parts + part) * width + from;
                 read_row(p, rows, half, place, n);
                 for (int j = 0; j < n; j++) p[j] = keep * p[j] - size * g[from + j];
-                write_row(rows, half, place, p, n, key);
+                write_row(rows, half, place, p, n, (uint32_t)key);
             }
+        }
+    }
+}
+
+void mixwright_decay_rows(
+    void *rows, const int64_t *ids, const float *factors, int64_t count, int64_t width, int64_t half, int64_t key) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        int64_t row = ids[i] * width;
+        for (int64_t from = 0; from < width; from += BLOCK) {
+            int n = width - from < BLOCK ? (int)(width - from) : BLOCK;
+            float p[BLOCK];
+            read_row(p, rows, half, row + from, n);
+            for (int k = 0; k < n; k++) p[k] *= factors[i];
+            write_row(rows, half, row + from, p, n, (uint32_t)key);
         }
     }
 }
