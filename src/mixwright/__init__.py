@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
+    from mixwright.methods.peer.layer import PEER
     from mixwright.routing import Condition, Routing, SupportSet
     from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
 
@@ -27,6 +28,7 @@ __all__ = [
     "IncompatibleExpert",
     "LazyAdamW",
     "MissingExtra",
+    "PEER",
     "Routing",
     "RowwiseAdagrad",
     "SupportSet",
@@ -46,6 +48,7 @@ _HOMES = {
     "IncompatibleExpert": "errors",
     "LazyAdamW": "training.row_optimizers",
     "MissingExtra": "errors",
+    "PEER": "methods.peer.layer",
     "Routing": "routing",
     "RowwiseAdagrad": "training.row_optimizers",
     "SupportSet": "routing",
