@@ -1,15 +1,16 @@
 """What optimisers of tables have in common: which rows a step touches, which lag behind, and who must not see it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mixwright.experts.table import NeuronTable
+from mixwright.ops.huge_pages import zeros
 from mixwright.ops.row_kernels import lagging_rows
 from mixwright.training.gradients import clip_gradients, row_parameters, settle, tables_of, touched_rows
 
@@ -155,7 +156,7 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
     def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         self.state[parameter] = {
             "step": torch.zeros((), dtype=torch.int64),
-            "last": lazy_zeros((len(parameter),), torch.int32, parameter.device),
+            "last": zeros((len(parameter),), torch.int32, parameter.device),
             "decays": torch.zeros(2, dtype=torch.float64),
             **self._fresh(parameter),
         }
@@ -221,7 +222,7 @@ def _remember(state: dict[str, Tensor], step: int, lr: float, decay: float) -> N
             state[name] = torch.cat([state[name], torch.zeros_like(state[name])])
     if "rates" in state:
         state["rates"][step] = lr
-    state["decays"][step] = state["decays"][step - 1] + np.log1p(-decay)
+    state["decays"][step] = state["decays"][step - 1] + math.log1p(-decay)
 
 
 def _split(
@@ -250,10 +251,3 @@ def _check_table(parameter: nn.Parameter) -> None:
             f"a table of {parameter.dtype} with strides {parameter.stride()}: expected contiguous rows in float32, "
             "bfloat16 or float64."
         )
-
-
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU in memory that is not there before it is written, so that a step costs what it touches."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(tuple(shape), str(dtype).removeprefix("torch.")))

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mixwright.experts.table import NeuronTable
+from mixwright.ops.huge_pages import zeros
 from mixwright.ops.missed_steps import Moments, missed_steps
 from mixwright.ops.row_kernels import adagrad_rows, adamw_rows, decay_rows, replay_rows
 from mixwright.ops.row_update import AdamWStep
 from mixwright.ops.stochastic_rounding import noise_key
-from mixwright.training.row_optimizer import STATE, AbstractRowOptimizer, Given, lazy_zeros
+from mixwright.training.row_optimizer import STATE, AbstractRowOptimizer, Given
 
 _UPDATE, _REPLAY = 0, 1
 
@@ -58,8 +59,8 @@ class LazyAdamW(AbstractRowOptimizer):
     def _fresh(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         dtype, group = STATE[parameter.dtype], self._group_of(parameter)
         return {
-            "exp_avg": lazy_zeros(parameter.shape, dtype, parameter.device),
-            "exp_avg_sq": lazy_zeros(parameter.shape, dtype, parameter.device),
+            "exp_avg": zeros(parameter.shape, dtype, parameter.device),
+            "exp_avg_sq": zeros(parameter.shape, dtype, parameter.device),
             "rates": torch.zeros(2, dtype=torch.float64),
             "constants": torch.tensor([*group["betas"], group["eps"]], dtype=torch.float64),
         }
@@ -105,7 +106,7 @@ class RowwiseAdagrad(AbstractRowOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, {"lr": table_lr, "eps": eps}, tables, seed)
 
     def _fresh(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return {"sum": lazy_zeros(parameter.shape[:2], STATE[parameter.dtype], parameter.device)}
+        return {"sum": zeros(parameter.shape[:2], STATE[parameter.dtype], parameter.device)}
 
     def _update(
         self, parameter: nn.Parameter, ids: Tensor | None, values: Tensor, lr: float, group: dict[str, Any]
