@@ -10,6 +10,7 @@ from mixwright.evaluation.neuron_usage import usage
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.methods.peer.model import compose
 from mixwright.methods.peer.watch import Watch
+
 from .neuron_model import batches, neuron_model
 from .test_recipe import SMALL, recipe_for, train
 

@@ -64,8 +64,8 @@ class Watch:
             )
         if self._dead >= self.patience:
             found["dead sub-keys"] = (
-                f"{numbers['retrieval.dead_keys']:.0%} of the sub-keys are retrieved by nobody; use query_norm='batch', "
-                "train under model.rebalancing(), or model.revive(...) them"
+                f"{numbers['retrieval.dead_keys']:.0%} of the sub-keys are retrieved by nobody; use "
+                "query_norm='batch', train under model.rebalancing(), or model.revive(...) them"
             )
         return found
 
