@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixwright.experts.fetched import AbstractFetchedTable, Brought
 from mixwright.experts.table import AbstractTable, NeuronTable
+from mixwright.ops.neuron import Activation, combine_quantised
 
 _LEVELS = 127
 _BLOCK = 1 << 22  # numbers quantised at a time
@@ -38,6 +39,12 @@ class QuantisedTable(AbstractFetchedTable):
         """Rows in float32, and biases."""
         rows = self.rows[ids].float().mul_(self.scales[ids, :, None])
         return Brought(rows, None if self.bias is None else self.bias[ids])
+
+    def in_place(
+        self, x: Tensor, weights: Tensor, indices: Tensor, activation: Activation
+    ) -> Float[Tensor, "tokens width"] | None:
+        """By the compiled path, which reads the integers themselves."""
+        return combine_quantised(x, self.rows, self.scales, weights, indices, activation, self.bias)
 
 
 @torch.no_grad()
