@@ -72,6 +72,13 @@ def narrowed(table: AbstractTable, dtype: torch.dtype) -> NeuronTable:
     return NeuronTable(rows.to(dtype), bias)
 
 
+def in_fewer_bits(table: AbstractTable, dtype: str) -> AbstractTable:
+    """The table with rows of `int8` (and a scale for each row part; it does not learn) or of `bfloat16`."""
+    if dtype not in ("int8", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}; accepted are 'int8' and 'bfloat16'.")
+    return quantise(table) if dtype == "int8" else narrowed(table, torch.bfloat16)
+
+
 def dequantise(table: QuantisedTable) -> NeuronTable:
     """The float32 table that stands for the same values."""
     return NeuronTable(*table.fetch(torch.arange(table.num_experts)))

@@ -8,10 +8,12 @@
    feed-forward layer, or added to it.
 """
 
-from collections.abc import Generator, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import probe
 from mixwright.config import decode
+from mixwright.experts.disk_table import DiskTable, name_of, to_disk
 from mixwright.experts.neuron import NeuronExperts
+from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
@@ -96,6 +100,7 @@ def mixture_at(backbone: nn.Module, place: Place, config: PeerConfig, layer: PEE
 
 
 BIASES = (".bias_first", ".bias_second")
+FILE = "table.file"
 
 
 def finite(bias: Tensor) -> Tensor:
@@ -142,14 +147,40 @@ class PeerComposedModel(ComposedModel):
     def added_state(self) -> dict[str, Tensor]:
         """As of any composed model; a table that several sites share is there once, at the first of them.
 
-        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only.
+        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only. A table
+        on a disk is named and not copied. Raises ValueError for one that lies on several processes.
         """
         state, known = super().added_state(), set[int]()
         for site, (_, experts) in self.layers.items():
+            if experts.table.collective:
+                raise ValueError(
+                    f"the table at {site} lies on several processes; call experts.sharding.unshard(model) on all of "
+                    "them before saving, or experts.table_shards.save_tables(model, folder) for the tables alone."
+                )
             if id(experts.table) in known:
                 state = {name: t for name, t in state.items() if not name.startswith(f"{site}.experts.table.")}
+            elif isinstance(experts.table, DiskTable):
+                state[f"{site}.experts.{FILE}"] = name_of(experts.table)
             known.add(id(experts.table))
         return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
+
+    def quantize(self, dtype: Literal["int8", "bfloat16"] = "int8") -> "PeerComposedModel":
+        """As `PEER.quantize`, every table once; returns this model."""
+        return self._with_tables(lambda table, _: in_fewer_bits(table, dtype))
+
+    def to_disk(self, folder: str | os.PathLike[str], cache_bytes: int = 1 << 26) -> "PeerComposedModel":
+        """As `PEER.to_disk`, a file `<site>.rows` for each table; returns this model. Saved, it names the files."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return self._with_tables(lambda table, site: to_disk(table, Path(folder) / f"{site}.rows", cache_bytes))
+
+    def _with_tables(self, make: Callable[[AbstractTable, str], AbstractTable]) -> "PeerComposedModel":
+        made: dict[AbstractTable, AbstractTable] = {}
+        for site, (_, experts) in self.layers.items():
+            if experts.table not in made:
+                made[experts.table] = make(experts.table, site)
+        for _, experts in self.layers.values():
+            experts.table = made[experts.table]
+        return self
 
 
 @contextmanager
