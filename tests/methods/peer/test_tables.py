@@ -17,8 +17,8 @@ from mixwright.experts.quantised_table import QuantisedTable
 from mixwright.experts.sharded_table import ColumnTable
 from mixwright.experts.sharding import shard, unshard
 from mixwright.experts.table import NeuronTable
+from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.layer import PEER
-from mixwright.methods.peer.model import PeerComposedModel
 
 
 def layer() -> PEER:

@@ -8,38 +8,30 @@
    feed-forward layer, or added to it.
 """
 
-import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixwright.backbones.hf import provenance
 from mixwright.composition.mixture import Mixture
-from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
-from mixwright.config import decode
-from mixwright.experts.disk_table import DiskTable, name_of, to_disk
-from mixwright.experts.neuron import NeuronExperts
-from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable
+from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
 from mixwright.methods.peer.layer import PEER
 from mixwright.ops.digest import fingerprint
-from mixwright.routers.product_key import ProductKeyRouter
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
 
 
-def compose(
-    config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None
-) -> "PeerComposedModel":
+def compose(config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> PeerComposedModel:
     """Fresh experts at the sites of one backbone: steps 1 to 4 of the module's text, before training.
 
     Everything random depends on `config.seed` alone. Raises ValueError for settings that do not fit each other or the
@@ -99,20 +91,6 @@ def mixture_at(backbone: nn.Module, place: Place, config: PeerConfig, layer: PEE
     return Mixture(base, layer.router, layer.experts, entry=place.entry)
 
 
-BIASES = (".bias_first", ".bias_second")
-FILE = "table.file"
-
-
-def finite(bias: Tensor) -> Tensor:
-    """A selection bias as it is written."""
-    return bias.clamp_min(torch.finfo(bias.dtype).min)
-
-
-def infinite(bias: Tensor) -> Tensor:
-    """A selection bias as it was before it was written."""
-    return bias.masked_fill(bias == torch.finfo(bias.dtype).min, -torch.inf)
-
-
 def width_of(place: Place) -> int:
     """Of a place that is as wide at its end as at its beginning. Raises ValueError for another."""
     if place.d_in != place.d_out:
@@ -126,61 +104,6 @@ def width_of(place: Place) -> int:
 def device_at(backbone: nn.Module, path: str) -> torch.device:
     """Where the layer at `path` is."""
     return next(backbone.get_submodule(path).parameters(), next(backbone.parameters())).device
-
-
-class PeerComposedModel(ComposedModel):
-    """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number."""
-
-    @property
-    def settings(self) -> PeerConfig:
-        """The config that the model was composed with."""
-        return decode(PeerConfig, self.composition.config, where="composition.config")
-
-    @property
-    def layers(self) -> dict[str, tuple[ProductKeyRouter, NeuronExperts]]:
-        """Site -> its router and its experts."""
-        return {
-            site: (cast(ProductKeyRouter, mixture.router), cast(NeuronExperts, mixture.experts))
-            for site, mixture in self.mixtures.items()
-        }
-
-    def added_state(self) -> dict[str, Tensor]:
-        """As of any composed model; a table that several sites share is there once, at the first of them.
-
-        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only. A table
-        on a disk is named and not copied. Raises ValueError for one that lies on several processes.
-        """
-        state, known = super().added_state(), set[int]()
-        for site, (_, experts) in self.layers.items():
-            if experts.table.collective:
-                raise ValueError(
-                    f"the table at {site} lies on several processes; call experts.sharding.unshard(model) on all of "
-                    "them before saving, or experts.table_shards.save_tables(model, folder) for the tables alone."
-                )
-            if id(experts.table) in known:
-                state = {name: t for name, t in state.items() if not name.startswith(f"{site}.experts.table.")}
-            elif isinstance(experts.table, DiskTable):
-                state[f"{site}.experts.{FILE}"] = name_of(experts.table)
-            known.add(id(experts.table))
-        return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
-
-    def quantize(self, dtype: Literal["int8", "bfloat16"] = "int8") -> "PeerComposedModel":
-        """As `PEER.quantize`, every table once; returns this model."""
-        return self._with_tables(lambda table, _: in_fewer_bits(table, dtype))
-
-    def to_disk(self, folder: str | os.PathLike[str], cache_bytes: int = 1 << 26) -> "PeerComposedModel":
-        """As `PEER.to_disk`, a file `<site>.rows` for each table; returns this model. Saved, it names the files."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return self._with_tables(lambda table, site: to_disk(table, Path(folder) / f"{site}.rows", cache_bytes))
-
-    def _with_tables(self, make: Callable[[AbstractTable, str], AbstractTable]) -> "PeerComposedModel":
-        made: dict[AbstractTable, AbstractTable] = {}
-        for site, (_, experts) in self.layers.items():
-            if experts.table not in made:
-                made[experts.table] = make(experts.table, site)
-        for _, experts in self.layers.values():
-            experts.table = made[experts.table]
-        return self
 
 
 @contextmanager
