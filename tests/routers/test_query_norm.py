@@ -1,4 +1,4 @@
-"""Query batch norm that behaves: padding, accumulation, processes, checkpoints, evaluation; and its causal relatives."""
+"""Query batch norm that behaves: padding, accumulation, processes, checkpoints, evaluation; its causal relatives."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Run by test_query_norm.py, once per process: a router's gates and gradients with this process's share of the tokens."""
+"""Run by test_query_norm.py, once per process: gates and gradients of this process's share of the tokens."""
 
 import sys
 from pathlib import Path

@@ -78,7 +78,10 @@ def test_presets_are_what_their_sources_say() -> None:
         ({"row_dim": 0}, "row_dim=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"half_top_k": 1}, "half_top_k=1 leaves fewer than top_k=3"),
-        ({"table": NeuronTable(torch.zeros(20, 2, 7))}, "20 experts of 2 rows of 7 numbers; this layer needs 20 of 2 of 8"),
+        (
+            {"table": NeuronTable(torch.zeros(20, 2, 7))},
+            "20 experts of 2 rows of 7 numbers; this layer needs 20 of 2 of 8",
+        ),
     ],
     ids=str,
 )

@@ -246,7 +246,9 @@ def _projection(d_in: int, d_out: int) -> nn.Linear:
 def _grid(num_experts: int | tuple[int, int]) -> tuple[int, int]:
     if not isinstance(num_experts, int):
         if len(num_experts) != 2:  # pyright: ignore[reportUnnecessaryComparison]  (a border: a config holds anything)
-            raise ValueError(f"num_experts={num_experts}: expected a square number, or two numbers of sub-keys (n1, n2).")
+            raise ValueError(
+                f"num_experts={num_experts}: expected a square number, or two numbers of sub-keys (n1, n2)."
+            )
         return num_experts
     side = math.isqrt(max(0, num_experts))
     if num_experts < 1 or side**2 != num_experts:
