@@ -14,11 +14,15 @@ from mixwright.ops.neuron import Activation, Gradient, combine_neurons
 
 
 class AbstractTable(nn.Module, ABC):
-    """`num_experts` experts of `parts` rows (1: value; 2: in, out; 3: in, gate, out) of `width` numbers each."""
+    """`num_experts` experts of `parts` rows (1: value; 2: in, out; 3: in, gate, out) of `width` numbers each.
+
+    `collective`: several processes hold it, so that all of them must call it equally often, be it without tokens.
+    """
 
     num_experts: int
     parts: int
     width: int
+    collective: bool = False
 
     @abstractmethod
     def forward(
