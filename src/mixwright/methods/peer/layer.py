@@ -2,18 +2,21 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mixwright.evaluation.neuron_sites import ALONE
+from mixwright.evaluation.neurons import NeuronTrace
 from mixwright.experts.disk_table import to_disk
 from mixwright.experts.neuron import NeuronExperts, OutputGate
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, out_std_for
 from mixwright.methods.peer import layouts
+from mixwright.methods.peer.growing import Growing
 from mixwright.methods.peer.presets import PRESETS
 from mixwright.ops.neuron import Activation
 from mixwright.routers.product_key import GateName, ProductKeyRouter
@@ -37,7 +40,7 @@ class InputNorm(nn.Module):
         return nn.functional.normalize(x, dim=-1) * scale
 
 
-class PEER(nn.Module):
+class PEER(Growing, nn.Module):
     """f(x) = sum over heads and retrieved experts of g e(x), e(x) = act(<u, x>) v (He 2024, section 2, Algorithm 1).
 
     `num_experts`: a square number N, or a grid (n1, n2) of sub-keys. `top_k`: experts per head. `dim_key`: the width of
@@ -170,9 +173,28 @@ class PEER(nn.Module):
     def _piece(self, tokens: Tensor) -> int:
         """How many tokens at once: all, unless outputs are all that is asked for."""
         whole = self.training or torch.is_grad_enabled() or self.experts.table.collective
-        if whole or torch.compiler.is_compiling() or self.router.observers:
+        watched = self.router.observers or self.router._forward_hooks or self.router._forward_pre_hooks
+        if whole or watched or torch.compiler.is_compiling():
             return max(1, len(tokens))
         return max(16, QUERY_BYTES // (4 * self.router.heads * self.router.dim_key))
+
+    def explain(self, x: Float[Tensor, "*batch dim"], token_mask: Tensor | None = None) -> NeuronTrace:
+        """Which neurons made up the output for each token, flat: their parts sum to it; see `evaluation/neurons.py`."""
+        from mixwright.methods.peer.tracing import explain
+
+        return explain(self, x, token_mask)[ALONE]
+
+    def ablate(self, ids: Iterable[int] | Tensor) -> None:
+        """Let these experts never be retrieved again; others move up into their places."""
+        from mixwright.methods.peer.tracing import ablate
+
+        ablate(self, ids)
+
+    def unablate(self, ids: Iterable[int] | Tensor | None = None) -> None:
+        """Let these experts, or all, be retrieved again."""
+        from mixwright.methods.peer.tracing import unablate
+
+        unablate(self, ids)
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch dim"], rms: float = OUTPUT_RMS) -> float:
