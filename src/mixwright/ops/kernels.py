@@ -25,8 +25,8 @@ from torch import Tensor
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
-SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c"))
-HEADERS = tuple(NATIVE / name for name in ("turn.h",))
+SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c", "product_key.c", "selected_scores.c"))
+HEADERS = tuple(NATIVE / name for name in ("turn.h", "row_top.h"))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ class Kernels(NamedTuple):
     add_lora: Callable[..., int]
     build: Callable[..., None]
     build_backward: Callable[..., None]
+    product_key: Callable[..., int]
+    route_few: Callable[..., int]
+    selected: Callable[..., None]
+    selected_backward: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -49,9 +53,13 @@ _ARGUMENTS = {
     "add_lora": "p" * 7 + "i" * 6 + "pp",
     "build": "p" * 6 + "i" * 9,
     "build_backward": "p" * 11 + "i" * 9,
+    "product_key": "p" * 6 + "i" * 9,
+    "route_few": "p" * 8 + "i" * 7,
+    "selected": "p" * 5 + "i" * 7,
+    "selected_backward": "p" * 8 + "i" * 7,
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
-_RETURNS = {"add_lora": ctypes.c_int}
+_RETURNS = {"add_lora": ctypes.c_int, "product_key": ctypes.c_int, "route_few": ctypes.c_int}
 """What they return, where it is not nothing."""
 
 
