@@ -63,7 +63,7 @@ def agree(tensors, k, biases=()):
 
 
 sizes = st.tuples(
-    st.sampled_from([0, 1, 3, 4, 7, 12, 40]), st.integers(1, 4), st.booleans(),
+    st.sampled_from([1, 2, 3, 4, 7, 12, 40]), st.integers(1, 4), st.booleans(),
     *(st.integers(1, high) for high in (70, 70, 70)), st.integers(1, 20), st.booleans(),
 )  # fmt: skip
 
@@ -90,6 +90,7 @@ def test_any_chunking_gives_the_same(path, monkeypatch, tokens, key_heads):
     tensors = case(tokens, 3, key_heads, 40, 30, 16)
     whole = agree(tensors, 8)
     monkeypatch.setattr(routed, "BUFFER", 700)
+    monkeypatch.setattr(routed, "FEW", 0)
     found = agree(tensors, 8)
     assert torch.equal(found.indices, whole.indices)
     torch.testing.assert_close(found.scores, whole.scores)
@@ -107,6 +108,18 @@ def test_few_tokens_go_one_call_and_strides_do_not_matter(native, monkeypatch):
     other = route(strided, first, second, 8)
     assert calls == [1] and torch.equal(one.indices, other.indices)
     torch.testing.assert_close(one.scores, other.scores)
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_leading_sub_keys_alone_are_a_slice_to_the_bit(path, tokens, heads):
+    """Where sub-keys that are kept out follow, leaving them off changes nothing."""
+    del path
+    queries, first, second = (t.detach() for t in case(tokens, 2, heads, 40, 30, 16))
+    bias = torch.randn(heads, 40)
+    whole = route(queries, first[:, :25].contiguous(), second, 8, bias[:, :25].contiguous())
+    found = route(queries, first[:, :25], second, 8, bias[:, :25])
+    assert torch.equal(found.indices, whole.indices) and torch.equal(found.scores, whole.scores)
 
 
 def test_doubles_and_narrow_parameters():
@@ -198,6 +211,12 @@ def test_the_number_of_threads_does_not_change_a_bit(native, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_no_tokens_are_no_work():
+    tensors = case(0, 2, 2, 9, 7, 5)
+    found = agree(tensors, 6)
+    assert found.scores.shape == (0, 2, 6)
 
 
 def test_too_many_are_refused():

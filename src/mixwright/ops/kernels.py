@@ -54,7 +54,7 @@ _ARGUMENTS = {
     "build": "p" * 6 + "i" * 9,
     "build_backward": "p" * 11 + "i" * 9,
     "product_key": "p" * 6 + "i" * 9,
-    "route_few": "p" * 8 + "i" * 7,
+    "route_few": "p" * 8 + "i" * 9,
     "selected": "p" * 5 + "i" * 7,
     "selected_backward": "p" * 8 + "i" * 7,
 }

@@ -17,8 +17,8 @@ from mixwright.ops.selected_scores import selected_gradients
 BUFFER = 1 << 18
 """Scores that are held at once: 1 MB."""
 
-FEW = 8
-"""Tokens for which reading every sub-key costs more than multiplying with it."""
+FEW = 16
+"""Queries of a sub-key for which one call for everything is quicker than a product for each head and half."""
 
 
 def route(
@@ -48,7 +48,7 @@ def _route(
     with torch.autocast(queries.device.type, enabled=False):
         given = [t for t in (queries, first, second, first_bias, second_bias) if t is not None]
         native = kernels.kernel() if plain_floats(*given) and tokens * heads else None
-        if native is not None and tokens <= FEW and all(t.is_contiguous() for t in given):
+        if native is not None and tokens * heads <= FEW * len(first) and _lie_whole(first, second):
             return _few(native, queries, first, second, k, first_bias, second_bias)
         dtype = torch.promote_types(queries.dtype, torch.float32)
         scores = queries.new_empty(tokens, heads, k, dtype=dtype)
@@ -104,13 +104,21 @@ def _few(
     (tokens, heads, _, half), n1, n2 = queries.shape, first.shape[1], second.shape[1]
     scores, ids = queries.new_empty(tokens, heads, k), queries.new_empty(tokens, heads, k, dtype=torch.int64)
     room = queries.new_empty(heads * 4 * (n1 + n2))
-    given = (scores, ids, room, queries, first, second, first_bias, second_bias)
+    biases = [None if bias is None else bias.contiguous() for bias in (first_bias, second_bias)]
+    given = (scores, ids, room, queries.contiguous(), first, second, *biases)
     failed = native.route_few(
-        *(0 if t is None else t.data_ptr() for t in given), tokens, heads, len(first), n1, n2, half, k
+        *(0 if t is None else t.data_ptr() for t in given),
+        *(tokens, heads, len(first), first.stride(0), second.stride(0)),
+        *(n1, n2, half, k),
     )
     if failed:
         raise MemoryError(f"no memory for the {k} best of a row of {n1}")
     return ProductKeys(scores, ids)
+
+
+def _lie_whole(*keys: Tensor) -> bool:
+    """Whether the sub-keys of a head are in one piece."""
+    return all(axis[0].is_contiguous() for axis in keys)
 
 
 class _Route(torch.autograd.Function):

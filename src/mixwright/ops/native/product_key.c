@@ -10,7 +10,11 @@
 #define SMALL (1 << 15)
 #define TOKENS 4
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t picks __attribute__((vector_size(4 * LANES)));
+
+#include "turn.h"
 
 /* What is alike for every row of a call. */
 typedef struct {
@@ -144,47 +148,52 @@ int mixwright_product_key(
     return failed;
 }
 
-static inline float total(lanes v) {
-    float s[LANES];
-    __builtin_memcpy(s, &v, sizeof s);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) s[i] += s[i + step];
-    return s[0];
-}
-
-/* Scores of all keys for a few queries, `stride` apart: every key is read once. */
+/* Scores of all keys for `tokens` = 1, 2 or 4 queries, of which `some` are wanted, `stride` apart: every key is read once,
+   and sixteen sums are added up together. */
 static inline __attribute__((always_inline)) void score(
-    int tokens, float *out, const float *queries, int64_t stride, const float *keys, int64_t n, int64_t half) {
-    for (int64_t i = 0; i < n; i++, keys += half) {
-        lanes sums[TOKENS];
+    int tokens, int64_t some, float *out, const float *queries, int64_t stride, const float *keys, int64_t n,
+    int64_t half) {
+    int together = LANES / tokens;
+    for (int64_t i = 0; i < n; i += together) {
+        const float *key[LANES], *query[4];
+        lanes sums[LANES];
         int64_t c = 0;
-        for (int t = 0; t < tokens; t++) sums[t] = (lanes){0};
-        for (; c + LANES <= half; c += LANES)
-            for (int t = 0; t < tokens; t++)
-                sums[t] += *(const lanes *)(keys + c) * *(const lanes *)(queries + t * stride + c);
-        for (int t = 0; t < tokens; t++) {
-            float sum = total(sums[t]);
-            for (int64_t rest = c; rest < half; rest++) sum += keys[rest] * queries[t * stride + rest];
-            out[t * n + i] = sum;
+        for (int k = 0; k < together; k++) key[k] = keys + (i + k < n ? i + k : n - 1) * half;
+        for (int t = 0; t < tokens; t++) query[t] = queries + (t < some ? t : some - 1) * stride;
+        for (int s = 0; s < LANES; s++) sums[s] = (lanes){0};
+        for (; c + LANES <= half; c += LANES) {
+            loose q[4];
+            for (int t = 0; t < tokens; t++) q[t] = *(const loose *)(query[t] + c);
+            for (int k = 0; k < together; k++) {
+                loose v = *(const loose *)(key[k] + c);
+                for (int t = 0; t < tokens; t++) sums[t * together + k] += v * q[t];
+            }
         }
+        turn(sums);
+        for (int width = LANES / 2; width; width /= 2)
+            for (int s = 0; s < width; s++) sums[s] += sums[s + width];
+        for (; c < half; c++)
+            for (int s = 0; s < LANES; s++) sums[0][s] += key[s % together][c] * query[s / together][c];
+        for (int t = 0; t < some; t++)
+            for (int k = 0; k < together && i + k < n; k++) out[t * n + i + k] = sums[0][t * together + k];
     }
 }
 
 static void score_some(
-    int64_t tokens, float *out, const float *queries, int64_t stride, const float *keys, int64_t n, int64_t half) {
-    switch (tokens) {
-#define CASE(t) case t: score(t, out, queries, stride, keys, n, half); break;
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#undef CASE
+    int64_t some, float *out, const float *queries, int64_t stride, const float *keys, int64_t n, int64_t half) {
+    switch (some) {
+        case 1: score(1, some, out, queries, stride, keys, n, half); break;
+        case 2: score(2, some, out, queries, stride, keys, n, half); break;
+        default: score(4, some, out, queries, stride, keys, n, half);
     }
 }
 
-/* Scores and choice for a few tokens at once: queries are (tokens, heads, 2, half), keys (key_heads, n, half). `halves`
-   has room for heads * 4 * (n1 + n2) numbers. Threads take whole heads. Returns 1 where there is no memory. */
+/* Scores and choice for a few tokens at once: queries are (tokens, heads, 2, half), keys (n, half) for every
+   one of `key_heads`, `apart` numbers from the next. `halves` has room for heads * 4 * (n1 + n2) numbers. Threads take whole heads. Returns 1 where there is no memory. */
 int mixwright_route_few(
     float *scores, int64_t *ids, float *halves, const float *queries, const float *first, const float *second,
-    const float *bias1, const float *bias2, int64_t tokens, int64_t heads, int64_t key_heads, int64_t n1, int64_t n2,
-    int64_t half, int64_t k) {
+    const float *bias1, const float *bias2, int64_t tokens, int64_t heads, int64_t key_heads, int64_t apart1,
+    int64_t apart2, int64_t n1, int64_t n2, int64_t half, int64_t k) {
     stairs of = {.n1 = n1, .n2 = n2, .k = k};
     if (plan(&of)) return 1;
     int failed = 0;
@@ -202,8 +211,8 @@ int mixwright_route_few(
                 int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS, key = key_heads > 1 ? h : 0;
                 float *a = halves + h * TOKENS * (n1 + n2), *b = a + TOKENS * n1;
                 const float *q = queries + (t * heads + h) * 2 * half;
-                score_some(some, a, q, 2 * heads * half, first + key * n1 * half, n1, half);
-                score_some(some, b, q + half, 2 * heads * half, second + key * n2 * half, n2, half);
+                score_some(some, a, q, 2 * heads * half, first + key * apart1, n1, half);
+                score_some(some, b, q + half, 2 * heads * half, second + key * apart2, n2, half);
                 for (int64_t s = 0; s < some; s++)
                     combine(
                         &of, a + s * n1, b + s * n2, bias1 ? bias1 + key * n1 : 0, bias2 ? bias2 + key * n2 : 0,
