@@ -27,18 +27,10 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    try:
-        return kernels.load("auto", tmp_path_factory.mktemp("kernels"))
-    except kernels.KernelUnavailable as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.fixture(params=["torch", "compiled"])
 def path(request, monkeypatch):
     """The plain path, or the compiled one, which then has to be taken for float32."""
-    found = request.getfixturevalue("native") if request.param == "compiled" else None
+    found = request.getfixturevalue("compiled") if request.param == "compiled" else None
     monkeypatch.setattr(kernels, "kernel", lambda: found)
     if found is not None:
         monkeypatch.setattr(product_key, "best_sums", None)
@@ -56,7 +48,9 @@ def halves(draw):
     biases = [None, None]
     if draw(st.booleans()):
         biases = [
-            FAMILIES[draw(st.sampled_from(["normal", "few values", "some out"]))]((draw(st.sampled_from([1, 3])), n), make)
+            FAMILIES[draw(st.sampled_from(["normal", "few values", "some out"]))](
+                (draw(st.sampled_from([1, 3])), n), make
+            )
             for n in (n1, n2)
         ]
     return first, second, min(count, n1 * n2, 3000), *biases
@@ -100,7 +94,9 @@ def test_it_is_right_on_long_rows(path, n, k):
     second[2], second[3] = 0, second[3].sort(descending=True).values
     found = product_key_top_k(first, second, k)
     for row in range(6):
-        i, j = (half.sort(descending=True, stable=True).indices[: 3 * k].sort().values for half in (first[row], second[row]))
+        i, j = (
+            half.sort(descending=True, stable=True).indices[: 3 * k].sort().values for half in (first[row], second[row])
+        )
         few = product_key_top_k_reference(first[row, i], second[row, j], k)
         assert torch.equal(found.scores[row], few.scores)
         assert torch.equal(found.indices[row], i[few.indices // len(j)] * (n + 5) + j[few.indices % len(j)])
@@ -174,8 +170,8 @@ def test_scores_that_are_no_numbers_still_give_ids_that_exist(path):
         assert ids.min() >= 0 and ids.max() < 630
 
 
-def test_the_number_of_threads_does_not_change_a_bit(native, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+def test_the_number_of_threads_does_not_change_a_bit(compiled, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     first, second = torch.randn(300, 200), torch.randn(300, 120).round()
     threads = torch.get_num_threads()
     try:

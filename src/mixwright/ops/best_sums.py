@@ -1,7 +1,8 @@
 """The k largest of all sums a_i + b_j, in plain torch: a look at the few pairs that can win.
 
 What comes out is what a stable sort of all sums gives, ids i * n2 + j and rounding included. `torch.topk` promises no
-order among equals, so that it decides only rows without any; the others, on a CPU few, are sorted.
+order among equals, so that it decides only rows without any; the others, on a CPU few, are sorted. Under torch.compile
+equals that only rounding makes go to the lowest id of the staircase.
 """
 
 from functools import cache
@@ -35,15 +36,21 @@ def _ranks(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 
 @cache  # ranks depend on sizes only and are never written
-def _plan(k: int, n1: int, n2: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _kept(k: int, n1: int, n2: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return staircase(k, n1, n2), corners(k, n1, n2)
+
+
+def _plan(k: int, n1: int, n2: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    if torch.compiler.is_compiling():
+        return staircase(k, n1, n2), corners(k, n1, n2)
+    return _kept(k, n1, n2)
 
 
 def best_sums(
     first: Float[Tensor, "rows n1"], second: Float[Tensor, "rows n2"], k: int
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
     """The k largest sums of each row, the best first, and their ids; ties to the lowest id."""
-    if not first.is_cpu:  # asking which rows have equals would wait for the device
+    if not first.is_cpu or torch.compiler.is_compiling():  # asking which rows have equals would wait for the device
         return _sorted(first, second, k)
     sums, ids, tied = _quick(first, second, k)
     rows = tied.nonzero()[:, 0]
@@ -76,6 +83,8 @@ def _sorted(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, by_id = ids.sort(dim=1)
     sums, order = sums.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     sums, ids = sums[:, :k], ids.gather(1, order)[:, :k].contiguous()
+    if torch.compiler.is_compiling():
+        return sums, ids
     # Equal sums of unequal halves: rounding may give a pair outside of the staircase the lower id.
     constant = (a[:, 0] == a[:, min(k, n1 - 1)]) & (b[:, 0] == b[:, min(k, n2 - 1)])
     reached = (a[:, outer_i] + b[:, outer_j] == sums[:, -1:]).any(1) & ~constant

@@ -135,6 +135,14 @@ def _entropy(scores: Tensor) -> Tensor:
     return -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)
 
 
+def only_best(scores: Tensor, bias: Tensor | None, m: int) -> Tensor:
+    """`bias` for the m best sub-keys of each row, with it, and -inf for the others."""
+    biased = scores if bias is None else scores + bias
+    kept = biased.topk(min(m, scores.shape[-1]), -1).indices
+    chosen = torch.full_like(scores, -torch.inf).scatter(-1, kept, 0.0)
+    return chosen if bias is None else chosen + bias
+
+
 def wide(scores: Tensor) -> Tensor:
     """In float32 at least."""
     return scores.float() if scores.dtype.itemsize < 4 else scores
@@ -157,8 +165,8 @@ def check_top_k(k: int, n1: int, n2: int) -> None:
 
 
 def _bias_rows(bias: Tensor | None, batch: torch.Size) -> Tensor | None:
-    """One row for all, one for each place of the last axis of `batch`, or one for each row; None for nothing."""
-    if bias is None or (bias.is_cpu and not bias.any()):
+    """One row for all, one for each place of the last axis of `batch`, or one for each row."""
+    if bias is None:
         return None
     bias = wide(bias.detach())
     if bias.numel() == bias.shape[-1] or (batch and bias.shape[:-1].numel() == bias.shape[-2] == batch[-1]):

@@ -188,12 +188,14 @@ static void score_some(
     }
 }
 
-/* Scores and choice for a few tokens at once: queries are (tokens, heads, 2, half), keys (n, half) for every
-   one of `key_heads`, `apart` numbers from the next. `halves` has room for heads * 4 * (n1 + n2) numbers. Threads take whole heads. Returns 1 where there is no memory. */
+/* Scores and choice for a few tokens at once: queries are (tokens, heads, 2, half), keys (n, half) for every one of
+   `key_heads`, `apart` numbers from the next. `halves` has room for the scores of `held` tokens of each head, of the
+   first half and then of the second; where that is all of them they are kept. `held` is a multiple of 4. Threads take
+   whole heads. Returns 1 where there is no memory. */
 int mixwright_route_few(
     float *scores, int64_t *ids, float *halves, const float *queries, const float *first, const float *second,
     const float *bias1, const float *bias2, int64_t tokens, int64_t heads, int64_t key_heads, int64_t apart1,
-    int64_t apart2, int64_t n1, int64_t n2, int64_t half, int64_t k) {
+    int64_t apart2, int64_t held, int64_t n1, int64_t n2, int64_t half, int64_t k) {
     stairs of = {.n1 = n1, .n2 = n2, .k = k};
     if (plan(&of)) return 1;
     int failed = 0;
@@ -209,7 +211,8 @@ int mixwright_route_few(
         for (int64_t h = 0; h < heads; h++)
             for (int64_t t = 0; t < tokens && !lost; t += TOKENS) {
                 int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS, key = key_heads > 1 ? h : 0;
-                float *a = halves + h * TOKENS * (n1 + n2), *b = a + TOKENS * n1;
+                int64_t place = h * held + (held > TOKENS ? t : 0);
+                float *a = halves + place * n1, *b = halves + heads * held * n1 + place * n2;
                 const float *q = queries + (t * heads + h) * 2 * half;
                 score_some(some, a, q, 2 * heads * half, first + key * apart1, n1, half);
                 score_some(some, b, q + half, 2 * heads * half, second + key * apart2, n2, half);
