@@ -26,7 +26,8 @@ SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
 SOURCES = tuple(NATIVE / name for name in (
-    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c", "product_key.c", "selected_scores.c",
+    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c",
+    "product_key.c", "selected_scores.c",
 ))  # fmt: skip
 HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h", "row_top.h"))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mixwright.ops import kernels
 from mixwright.ops.product_key import (
-    ProductKeys,
     check_top_k,
     entropy,
     log_partition,
@@ -166,8 +165,9 @@ def _few(native: kernels.Kernels, found: Routed, queries: Tensor, keys: _Keys) -
     )
     if failed:
         raise MemoryError(f"no memory for the {found.scores.shape[-1]} best of a row of {n1}")
-    first, second = room.split([heads * held * n1, heads * held * n2])
-    _measure(found, *(side.view(heads, held, -1)[:, :tokens].transpose(0, 1) for side in (first, second)), keys)
+    halves = room.split([heads * held * n1, heads * held * n2])
+    first, second = (side.view(heads, held, -1)[:, :tokens].transpose(0, 1) for side in halves)
+    _measure(found, first, second, keys)
 
 
 def _in_one(queries: Tensor, keys: _Keys, k: int, whole: bool) -> Routed:
@@ -207,8 +207,9 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
-        given, indices = ctx.saved_tensors[:3], ctx.saved_tensors[3]
-        whole = [t.to(d_scores.dtype).contiguous() for t in given]
-        found = selected_gradients(d_scores, whole[0], whole[1], whole[2], indices, ctx.needs_input_grad[:3])
-        cast = (None if gradient is None else gradient.to(t.dtype) for gradient, t in zip(found, given))
+        *given, indices = ctx.saved_tensors  # once: a checkpoint computes them anew
+        queries, first, second = (t.to(d_scores.dtype).contiguous() for t in given)
+        wanted: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
+        found = selected_gradients(d_scores, queries, first, second, indices, wanted)
+        cast = [None if gradient is None else gradient.to(t.dtype) for gradient, t in zip(found, given)]
         return *cast, None, None, None, None, None

@@ -103,5 +103,6 @@ class _Selected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (nobody passes ctx by name)
-        wanted = ctx.needs_input_grad[1:4]
-        return None, *selected_gradients(d_scores, *ctx.saved_tensors, wanted), None
+        queries, first, second, indices = ctx.saved_tensors
+        wanted: tuple[bool, bool, bool] = ctx.needs_input_grad[1:4]
+        return None, *selected_gradients(d_scores, queries, first, second, indices, wanted), None
