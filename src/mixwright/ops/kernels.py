@@ -26,11 +26,11 @@ SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
 SOURCES = tuple(NATIVE / name for name in (
-    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c",
+    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c", "row_update.c",
     "product_key.c", "selected_scores.c",
 ))  # fmt: skip
 HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h", "row_top.h"))
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class Kernels(NamedTuple):
     route_few: Callable[..., int]
     selected: Callable[..., None]
     selected_backward: Callable[..., None]
+    lagging_rows: Callable[..., int]
+    adamw_rows: Callable[..., None]
+    replay_rows: Callable[..., None]
+    adagrad_rows: Callable[..., None]
+    decay_rows: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -68,6 +73,11 @@ _ARGUMENTS = {
     "route_few": "p" * 8 + "i" * 10,
     "selected": "p" * 5 + "i" * 7,
     "selected_backward": "p" * 8 + "i" * 7,
+    "lagging_rows": "ppiiippp",
+    "adamw_rows": "p" * 5 + "iii" + "f" * 7 + "i",
+    "replay_rows": "p" * 5 + "iii" + "p" * 5 + "ifi",
+    "adagrad_rows": "p" * 4 + "iiii" + "fff" + "i",
+    "decay_rows": "ppp" + "iiii",
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
 _RETURNS = {
@@ -76,6 +86,7 @@ _RETURNS = {
     "sort_pairs": ctypes.c_int64,
     "product_key": ctypes.c_int,
     "route_few": ctypes.c_int,
+    "lagging_rows": ctypes.c_int64,
 }
 """What they return, where it is not nothing."""
 
