@@ -22,7 +22,7 @@ from mixwright.routers.retriever import AbstractRetriever
 from mixwright.routers.unsure import FlaggingRouter, LeaningRouter, WideningRouter
 
 
-def calibrate(model: nn.Module, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
+def coverage_thresholds(model: nn.Module, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
     """Site -> thresholds `(heads,)` that the `quantile` share of the tokens of `data` falls below, plainly retrieved.
 
     Fallbacks and adaptive routers are taken out of `model`. Raises ValueError for a quantile outside 0 to 1.
