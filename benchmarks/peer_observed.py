@@ -40,7 +40,7 @@ from mixwright.methods.peer.unsure import (
 from mixwright.routing import Condition
 
 RESULTS = Path(__file__).parent / "results" / "peer_observed.json"
-WINDOW, WIDTH, GRID, HEADS, K, BATCH = 16, 64, (64, 64), 4, 8, 512
+WINDOW, WIDTH, GRID, HEADS, K, BATCH = 16, 64, (64, 64), 4, 8, 256
 SITE = "layer"
 
 
@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Tiny Shakespeare's input.txt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--further", type=int, default=250)
+    parser.add_argument("--further", type=int, default=200)
     parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of what is stored")
     given = parser.parse_args()
     if given.report:
