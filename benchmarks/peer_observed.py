@@ -78,7 +78,7 @@ class Text:
             at = torch.randint(len(part) - WINDOW, (BATCH,), generator=generator)
             yield self._at(part, at)
 
-    def held_out(self, part: int, tokens: int = 8192) -> list[tuple[Tensor, Tensor]]:
+    def held_out(self, part: int, tokens: int = 6144) -> list[tuple[Tensor, Tensor]]:
         """The same tokens every time, all over the part, in batches."""
         ids = self.parts[part]
         at = torch.linspace(0, len(ids) - WINDOW - 1, tokens).long()
@@ -374,10 +374,11 @@ def main() -> None:
     for seed in range(given.seeds):
         seeds.append(one_seed(text, seed, given.steps, given.further))
         print(f"seed {seed}: {time.process_time() - started:.0f} s", flush=True)
+        described = surroundings(started)
+        options = f"--seeds {len(seeds)} --steps {given.steps} --further {given.further}"
+        described["command"] = f"python -m benchmarks.peer_observed --data input.txt {options}"
+        write_json(RESULTS, {**described, "seeds": seeds})
     print(report(seeds))
-    described = surroundings(started)
-    described["command"] = f"python -m benchmarks.peer_observed --data input.txt --seeds {given.seeds}"
-    write_json(RESULTS, {**described, "steps": given.steps, "further": given.further, "seeds": seeds})
 
 
 if __name__ == "__main__":

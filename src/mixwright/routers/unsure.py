@@ -110,6 +110,10 @@ class LeaningRouter(AbstractUnsureRouter):
     Its weight is 1 - coverage, for the flagged heads only, the mean over heads; 0 where none is flagged.
     """
 
+    def __init__(self, router: ProductKeyRouter, thresholds: Float[Tensor, " heads"]) -> None:
+        super().__init__(router, thresholds)
+        self.register_buffer("leaning", torch.ones((), dtype=torch.bool))  # tells what it is, among stored tensors
+
     @property
     def num_experts(self) -> int:
         """Experts of the grid, and the branch."""

@@ -16,7 +16,7 @@ from mixwright.methods.peer.unsure import (
     lean_unsure,
     retrieve_adaptively,
     retrieve_plainly,
-    unwrapped,
+    taken_apart,
     widen_unsure,
 )
 from mixwright.methods.peer.usage import forget_usage, keep_usage, kept_usage
@@ -95,10 +95,10 @@ def test_what_stands_around_a_router_comes_back_from_its_tensors(fallback: str) 
             {name.removeprefix(f"{site}.{part}."): t for name, t in state.items() if name.startswith(f"{site}.{part}.")}
             for part in ("router", "experts")
         ]
-        router, experts, wrapping = unwrapped(*parts, "gelu")
+        router, experts, around = taken_apart(*parts, "gelu")
         mixture.router.load_state_dict(router)
         mixture.experts.load_state_dict(experts)
-        mixture.router, mixture.experts = wrapping.router(mixture.router), wrapping.experts(mixture.experts)
+        mixture.router, mixture.experts = around.router(mixture.router), around.experts(mixture.experts)
         assert type(mixture.router) is type(model.mixtures[site].router)
     assert torch.equal(other(**batch).logits, logits)
 

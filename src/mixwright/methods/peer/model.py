@@ -11,7 +11,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import probe
 from mixwright.config import decode
+from mixwright.evaluation.neuron_sites import neurons_of, plain_router
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
 from mixwright.methods.peer.layer import PEER
+from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.ops.digest import fingerprint
 from mixwright.routers.product_key import ProductKeyRouter
 
@@ -123,7 +125,7 @@ def device_at(backbone: nn.Module, path: str) -> torch.device:
     return next(backbone.get_submodule(path).parameters(), next(backbone.parameters())).device
 
 
-class PeerComposedModel(ComposedModel):
+class PeerComposedModel(NeuronVerbs, ComposedModel):
     """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number."""
 
     @property
@@ -133,10 +135,9 @@ class PeerComposedModel(ComposedModel):
 
     @property
     def layers(self) -> dict[str, tuple[ProductKeyRouter, NeuronExperts]]:
-        """Site -> its router and its experts."""
+        """Site -> its plain router and its neurons, whatever stands around them."""
         return {
-            site: (cast(ProductKeyRouter, mixture.router), cast(NeuronExperts, mixture.experts))
-            for site, mixture in self.mixtures.items()
+            site: (plain_router(mixture.router), neurons_of(mixture.experts)) for site, mixture in self.mixtures.items()
         }
 
     def added_state(self) -> dict[str, Tensor]:
@@ -147,7 +148,8 @@ class PeerComposedModel(ComposedModel):
         state, known = super().added_state(), set[int]()
         for site, (_, experts) in self.layers.items():
             if id(experts.table) in known:
-                state = {name: t for name, t in state.items() if not name.startswith(f"{site}.experts.table.")}
+                held = tuple(f"{site}.experts.{part}table." for part in ("", "experts."))
+                state = {name: t for name, t in state.items() if not name.startswith(held)}
             known.add(id(experts.table))
         return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
 

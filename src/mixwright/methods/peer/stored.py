@@ -11,6 +11,7 @@ from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
+from mixwright.evaluation.neuron_sites import plain_router
 from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
@@ -24,6 +25,7 @@ from mixwright.methods.peer.model import (
     options_of,
     width_of,
 )
+from mixwright.methods.peer.unsure import Around, taken_apart
 
 KEYS = ("keys_first", "keys_second")
 
@@ -55,13 +57,32 @@ def restore(
     for path in seen.sites:
         width, device = width_of(chosen[path]), device_at(backbone, path)
         shared = table if settled.shared_table else None
-        layer = _layer(settled, width, stored[path], path, shared)
+        plain, around = _plain(settled, stored[path], path)
+        layer = _layer(settled, width, plain, path, shared)
         table = layer.experts.table
         mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
+        _put_around(mixtures[path], around, path, device)
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
     model = PeerComposedModel(backbone, mixtures, (), described, seen).train(backbone.training)
     model.whole.update(whole)
     return model
+
+
+def _plain(config: PeerConfig, state: SiteState, path: str) -> tuple[SiteState, Around]:
+    """The tensors of the site's layer by itself, and the fallback or adaptive router around it."""
+    try:
+        router, experts, around = taken_apart(state.router, state.experts, config.layer["activation"])
+    except ValueError as error:
+        raise CatalogError("TENSOR", path, f"{error} {_ADVICE}") from error
+    return SiteState(router, experts), around
+
+
+def _put_around(mixture: Mixture, around: Around, path: str, device: torch.device) -> None:
+    try:
+        router, experts = around.router(plain_router(mixture.router)), around.experts(mixture.experts)
+    except ValueError as error:
+        raise CatalogError("SHAPE", path, f"{error} {_ADVICE}") from error
+    mixture.router, mixture.experts = router.to(device), experts.to(device)
 
 
 def _layer(config: PeerConfig, width: int, state: SiteState, path: str, table: AbstractTable | None) -> PEER:
