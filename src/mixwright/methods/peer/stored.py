@@ -13,18 +13,11 @@ from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
 from mixwright.evaluation.neuron_sites import plain_router
 from mixwright.experts.table import AbstractTable
+from mixwright.methods.peer.composed import BIASES, PeerComposedModel, infinite
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
 from mixwright.methods.peer.layer import PEER
-from mixwright.methods.peer.model import (
-    BIASES,
-    PeerComposedModel,
-    device_at,
-    infinite,
-    mixture_at,
-    options_of,
-    width_of,
-)
+from mixwright.methods.peer.model import device_at, mixture_at, options_of, width_of
 from mixwright.methods.peer.unsure import Around, taken_apart
 
 KEYS = ("keys_first", "keys_second")
@@ -56,11 +49,11 @@ def restore(
     table: AbstractTable | None = None
     for path in seen.sites:
         width, device = width_of(chosen[path]), device_at(backbone, path)
-        shared = table if settled.shared_table else None
         plain, around = _plain(settled, stored[path], path)
+        shared = table if settled.shared_table else None
         layer = _layer(settled, width, plain, path, shared)
         table = layer.experts.table
-        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
+        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer)
         _put_around(mixtures[path], around, path, device)
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
     model = PeerComposedModel(backbone, mixtures, (), described, seen).train(backbone.training)
