@@ -308,13 +308,17 @@ def test_the_layer_has_the_verbs() -> None:
     made.admit()
     assert made.origins([143])["layer"][0].source == "x"
     with torch.no_grad():
-        trace = made.explain(tokens(400))
+        trace = made.explain(tokens(400))["layer"]
         torch.testing.assert_close(trace.outputs.view(2, 400, D), made(tokens(400)), rtol=1e-5, atol=1e-5)
         gone = trace.ids.unique()[:9]
         made.ablate(gone)
-        assert not torch.isin(made.explain(tokens(400)).ids, gone).any()
+        assert not torch.isin(made.explain(tokens(400))["layer"].ids, gone).any()
         made.unablate()
-        torch.testing.assert_close(made.explain(tokens(400)).outputs, trace.outputs)
+        made.widen_unsure({"layer": torch.full((3,), 0.5)}, 9)
+        assert "heads=3" in repr(made)
+        assert made(tokens(400)).shape == (2, 400, D)
+        made.retrieve_plainly()
+        torch.testing.assert_close(made.explain(tokens(400))["layer"].outputs, trace.outputs)
 
 
 def test_what_can_not_grow_says_so() -> None:

@@ -2,15 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixwright.evaluation.neuron_sites import ALONE
-from mixwright.evaluation.neurons import NeuronTrace
+from mixwright.evaluation.neuron_sites import neurons_of, plain_router
 from mixwright.experts.disk_table import to_disk
 from mixwright.experts.neuron import NeuronExperts, OutputGate
 from mixwright.experts.quantised_table import in_fewer_bits
@@ -18,6 +17,7 @@ from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, ou
 from mixwright.methods.peer import layouts
 from mixwright.methods.peer.growing import Growing
 from mixwright.methods.peer.presets import PRESETS
+from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.ops.neuron import Activation
 from mixwright.routers.product_key import GateName, ProductKeyRouter
 from mixwright.routers.query_norm import KeyNormName, QueryNormName, known
@@ -40,7 +40,7 @@ class InputNorm(nn.Module):
         return nn.functional.normalize(x, dim=-1) * scale
 
 
-class PEER(Growing, nn.Module):
+class PEER(Growing, NeuronVerbs):
     """f(x) = sum over heads and retrieved experts of g e(x), e(x) = act(<u, x>) v (He 2024, section 2, Algorithm 1).
 
     `num_experts`: a square number N, or a grid (n1, n2) of sub-keys. `top_k`: experts per head. `dim_key`: the width of
@@ -172,29 +172,12 @@ class PEER(Growing, nn.Module):
 
     def _piece(self, tokens: Tensor) -> int:
         """How many tokens at once: all, unless outputs are all that is asked for."""
-        whole = self.training or torch.is_grad_enabled() or self.experts.table.collective
+        whole = self.training or torch.is_grad_enabled() or neurons_of(self.experts).table.collective
         watched = self.router.observers or self.router._forward_hooks or self.router._forward_pre_hooks
         if whole or watched or torch.compiler.is_compiling():
             return max(1, len(tokens))
-        return max(16, QUERY_BYTES // (4 * self.router.heads * self.router.dim_key))
-
-    def explain(self, x: Float[Tensor, "*batch dim"], token_mask: Tensor | None = None) -> NeuronTrace:
-        """Which neurons made up the output for each token, flat: their parts sum to it; see `evaluation/neurons.py`."""
-        from mixwright.methods.peer.tracing import explain
-
-        return explain(self, x, token_mask)[ALONE]
-
-    def ablate(self, ids: Iterable[int] | Tensor) -> None:
-        """Let these experts never be retrieved again; others move up into their places."""
-        from mixwright.methods.peer.tracing import ablate
-
-        ablate(self, ids)
-
-    def unablate(self, ids: Iterable[int] | Tensor | None = None) -> None:
-        """Let these experts, or all, be retrieved again."""
-        from mixwright.methods.peer.tracing import unablate
-
-        unablate(self, ids)
+        router = plain_router(self.router)
+        return max(16, QUERY_BYTES // (4 * router.heads * router.dim_key))
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch dim"], rms: float = OUTPUT_RMS) -> float:
@@ -272,7 +255,7 @@ class PEER(Growing, nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes."""
-        router = self.router
+        router = plain_router(self.router)
         return f"dim={self.dim}, grid={router.grid}, heads={router.heads}, top_k={router.top_k}, gate={router.gate!r}"
 
 
