@@ -1,6 +1,7 @@
 """The verbs that need no model, and the promise that each verb's help has a worked example."""
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,9 +14,9 @@ from mixwright.recipe import Recipe
 from mixwright.yaml12 import parse_yaml
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, exit_code: int = 0) -> str:
     result = CliRunner().invoke(build(), list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return result.output
 
 
@@ -60,3 +61,13 @@ def test_doctor_reports_for_people_and_machines() -> None:
     report = json.loads(run("doctor", "--json"))
     assert report["packages"]["torch"] and report["torch"]["threads"] >= 1 and report["troubles"] == []
     assert "No trouble found." in run("doctor")
+
+
+def test_doctor_builds_the_kernels_where_it_says_or_says_why_not(compiled, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = Path(json.loads(run("doctor", "--build", "--json"))["built"])
+    assert path.is_relative_to(tmp_path) and path.exists()
+    path.unlink()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "the kernels were not built: no C compiler" in run("doctor", "--build", exit_code=1)

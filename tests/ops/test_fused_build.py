@@ -13,14 +13,10 @@ from mixwright.ops.tensor_product import build_reference, ceil_radices, exact_ra
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    try:
-        found = kernels.load("auto", tmp_path_factory.mktemp("kernels"))
-    except kernels.KernelUnavailable as reason:
-        pytest.skip(str(reason))
+def native(compiled):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "kernel", lambda: found)
-        yield found
+        patch.setattr(kernels, "kernel", lambda: compiled)
+        yield compiled
 
 
 def random(seed, *shape):

@@ -29,15 +29,17 @@ _EXTRAS = {"data": "datasets", "eval": "lm_eval", "serve": "fastapi", "plot": "m
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    lines = ("mixwright doctor", "mixwright doctor my-catalog --json")
+    lines = ("mixwright doctor", "mixwright doctor my-catalog --json", "mixwright doctor --build")
     app.command("doctor", rich_help_panel="Look around", epilog=example(*lines))(doctor)
 
 
 def doctor(
     catalog: Annotated[str | None, typer.Argument(metavar="[CATALOG]", help="Folder whose experts to check.")] = None,
+    build: Annotated[bool, typer.Option("--build", help="Compile the kernels now rather than on first use.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what is installed, which fast paths run here, and whether a catalogue is healthy; exit code 1 on trouble."""
+    built, refused = _build() if build else (None, None)
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -48,6 +50,7 @@ def doctor(
         "extras": {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()},
         "torch": _torch(),
         "paths": _paths(),
+        "built": built,
         "findings": _catalog(catalog) if catalog else None,
     }
     troubles = [
@@ -57,6 +60,7 @@ def doctor(
         (one["level"], f"expert {one['expert']}: {one['code']} {one['message']}") for one in report["findings"] or ()
     ]
     troubles += [text for level, text in findings if level == "error"]
+    troubles += [f"the kernels were not built: {refused}"] if refused else []
     report["warnings"] = [text for level, text in findings if level == "warning"]
     report["troubles"] = troubles
     if as_json:
@@ -76,6 +80,20 @@ def _version(name: str) -> str | None:
         return getattr(module, "__version__", None)
 
 
+def _build() -> tuple[str | None, str | None]:
+    """Compile the kernels: where they are, or why they are not."""
+    if find_spec("torch") is None:
+        return None, "torch is missing"
+    from subprocess import SubprocessError
+
+    from mixwright.ops import kernels
+
+    try:
+        return str(kernels.build()), None
+    except (kernels.KernelUnavailable, OSError, SubprocessError) as reason:
+        return None, str(reason)
+
+
 def _torch() -> dict[str, Any] | None:
     if find_spec("torch") is None:
         return None
@@ -88,7 +106,7 @@ def _torch() -> dict[str, Any] | None:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
-        "compiled dispatch": kernels.status(),
+        "compiled kernels": kernels.status(),
         "grouped_mm": hasattr(torch.nn.functional, "grouped_mm"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "bf16": torch.cuda.is_bf16_supported() if cuda else None,
@@ -122,6 +140,7 @@ def _print(report: dict[str, Any]) -> None:
     facts = [(key, report[key]) for key in ("python", "machine")]
     facts.append(("free disk here", f"{report['free_disk_gib']} GiB"))
     facts += [(f"torch: {key}", value) for key, value in (report["torch"] or {}).items()]
+    facts += [("kernels built", report["built"])] if report["built"] else []
     facts += [(f"dispatch of {key}", value) for key, value in report["paths"].items()]
     print_table(("fact", "value"), facts)
     print("\n".join([*report["warnings"], *(report["troubles"] or ["No trouble found."])]))

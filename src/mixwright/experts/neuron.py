@@ -39,10 +39,21 @@ class NeuronExperts(AbstractExperts):
             raise ValueError(
                 f"neurons need a routing that names them; this one weighs all {routing.num_experts} without indices."
             )
-        inside = x if self.project_in is None else self.project_in(x)
+        inside = self.inward(x)
         flat = inside.reshape(-1, inside.shape[-1])
         shape = (*x.shape[:-1], routing.indices.shape[-1])
         weights, indices = (t.expand(shape).reshape(-1, shape[-1]) for t in (routing.weights, routing.indices))
         found = self.table(flat, weights, indices, self.activation).view(inside.shape)
+        return self.outward(x, found)
+
+    def inward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch width"]:
+        """What the rows meet."""
+        return x if self.project_in is None else self.project_in(x)
+
+    def outward(
+        self, x: Float[Tensor, "*batch d_in"], found: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """What becomes of the rows' sum: for a given `x` affine in `found`, so that each neuron's part has its own."""
+        del x
         out = found if self.project_out is None else self.project_out(found)
         return out if self.out_bias is None else out + self.out_bias.to(out.dtype)

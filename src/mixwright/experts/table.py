@@ -27,6 +27,12 @@ class AbstractTable(nn.Module, ABC):
     ) -> Float[Tensor, "tokens width"]:
         """sum_k w_k e_{indices_k}(x)."""
 
+    @abstractmethod
+    def take(
+        self, ids: Int[Tensor, " ids"]
+    ) -> tuple[Float[Tensor, "ids parts width"], Float[Tensor, "ids inputs"] | None]:
+        """The rows of some experts and their biases, to look at: no gradients, wherever they are kept."""
+
 
 class NeuronTable(AbstractTable):
     """Rows in memory, `(experts, parts, width)`, the rows of one expert side by side; `bias` `(experts, parts - 1)`.
@@ -57,6 +63,15 @@ class NeuronTable(AbstractTable):
         for read in self.before_read:
             read(indices)
         return combine_neurons(x, self.rows, weights, indices, activation, self.bias, gradient=self.gradient)
+
+    @torch.no_grad()
+    def take(
+        self, ids: Int[Tensor, " ids"]
+    ) -> tuple[Float[Tensor, "ids parts width"], Float[Tensor, "ids inputs"] | None]:
+        """Copies of some experts' rows and biases."""
+        for read in self.before_read:
+            read(ids)
+        return self.rows[ids], None if self.bias is None else self.bias[ids]
 
 
 def initial_rows(

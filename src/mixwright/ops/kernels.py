@@ -13,18 +13,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
-SOURCES = tuple(Path(__file__).parent / "native" / name for name in ("lora.c", "tensor_product.c"))
-HEADER = SOURCES[0].with_name("turn.h")
+NATIVE = Path(__file__).parent / "native"
+SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c"))
+HEADERS = tuple(NATIVE / name for name in ("turn.h",))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,22 @@ class KernelUnavailable(Exception):
 
 
 class Kernels(NamedTuple):
-    """The C functions; `ops/accumulate.py` and `ops/fused_build.py` call them."""
+    """The C functions, each `mixwright_<field>` there; the paths in `ops` call them."""
 
     add_lora: Callable[..., int]
     build: Callable[..., None]
     build_backward: Callable[..., None]
+
+
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_ARGUMENTS = {
+    "add_lora": "p" * 7 + "i" * 6 + "pp",
+    "build": "p" * 6 + "i" * 9,
+    "build_backward": "p" * 11 + "i" * 9,
+}
+"""What each of `Kernels` takes: p a pointer, i an int64, f a float."""
+_RETURNS = {"add_lora": ctypes.c_int}
+"""What they return, where it is not nothing."""
 
 
 def kernel() -> Kernels | None:
@@ -60,6 +73,18 @@ def status() -> str:
     if not isinstance(found, str):
         return f"in use: {library(cache_folder())}"
     return f"not in use: {found}; torch's own path runs instead"
+
+
+def build() -> Path:
+    """Compile now, whatever the setting says, unless it is there; where the library is.
+
+    Raises KernelUnavailable, OSError or SubprocessError.
+    """
+    path = library(cache_folder())
+    if not path.exists():
+        compile_to(path)
+    _refuse_foreign(path)
+    return path
 
 
 @cache  # a library can be loaded into a process only once, so what is known of it belongs to the process
@@ -89,12 +114,14 @@ def load(setting: str, folder: Path) -> Kernels:
         compile_to(path)
     _refuse_foreign(path)
     held = ctypes.CDLL(str(path))
-    add_lora, build, backward = held.mixwright_add_lora, held.mixwright_build, held.mixwright_build_backward
-    add_lora.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 2
-    build.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 9
-    backward.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 9
-    add_lora.restype, build.restype, backward.restype = ctypes.c_int, None, None
-    return Kernels(add_lora, build, backward)
+    return Kernels(*(_declared(held, name) for name in Kernels._fields))
+
+
+def _declared(held: ctypes.CDLL, name: str) -> Callable[..., Any]:
+    function = getattr(held, f"mixwright_{name}")
+    function.argtypes = [_TYPES[letter] for letter in _ARGUMENTS[name]]
+    function.restype = _RETURNS.get(name)
+    return function
 
 
 def compile_to(path: Path) -> None:
@@ -105,16 +132,24 @@ def compile_to(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         linked = Path(folder) / "kernels.so"
         made = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        _run([[command, *FLAGS, "-c", str(one), "-o", str(to)] for one, to in zip(SOURCES, made, strict=True)])
         # Linking without -fopenmp leaves its symbols to torch's runtime: one pool of threads.
-        for step in (
-            *([command, *FLAGS, "-c", str(source), "-o", str(to)] for source, to in zip(SOURCES, made, strict=True)),
-            [command, "-shared", *map(str, made), "-o", str(linked)],
-        ):
-            done = subprocess.run(step, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                raise KernelUnavailable(f"{command} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        _run([[command, "-shared", *map(str, made), "-lm", "-o", str(linked)]])
         linked.chmod(0o700)
         linked.replace(path)
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """All of them at once. Raises KernelUnavailable for the first that fails."""
+    with ExitStack() as running:
+        started = [running.enter_context(subprocess.Popen(one, stderr=subprocess.PIPE, text=True)) for one in commands]
+        for process in started:
+            running.callback(process.kill)
+        for command, process in zip(commands, started, strict=True):
+            said = process.communicate(timeout=120)[1]
+            if process.returncode:
+                message = (said.strip().splitlines() or ["no message"])[0]
+                raise KernelUnavailable(f"{command[0]} failed: {message}")
 
 
 def compiler() -> str:
@@ -135,7 +170,7 @@ def cache_folder() -> Path:
 
 def library(folder: Path) -> Path:
     """The library's path, named for the sources, the flags, torch and the processor: any change makes another file."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, HEADER)))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS)))
     digest.update(f"{FLAGS}{torch.__version__}{_processor()}".encode())
     return folder / f"kernels-{digest.hexdigest()[:16]}.so"
 

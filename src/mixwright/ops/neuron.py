@@ -39,7 +39,12 @@ def neuron_activations(
     before = torch.einsum("td,tkpd->tkp", x, rows[indices, : parts - 1].to(x.dtype))
     if bias is not None:
         before = before + bias[indices].to(x.dtype)
-    if parts == 2:
+    return activate(before, activation)
+
+
+def activate(before: Float[Tensor, "*batch inputs"], activation: Activation) -> Float[Tensor, "*batch"]:
+    """act(before_0), or of a gated neuron act(before_1) before_0."""
+    if before.shape[-1] == 1:
         return _FUNCTIONS[activation](before[..., 0])
     return _FUNCTIONS[activation](before[..., 1]) * before[..., 0]
 

@@ -1,38 +1,21 @@
 """Retrieval among up to a million experts by product keys (Lample et al. 2019; He 2024, section 2.2)."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.ops.product_key import coverage, entropy, log_partition, product_key_top_k
 from mixwright.ops.selected_scores import selected_scores
-from mixwright.routers.base import AbstractRouter
 from mixwright.routers.query_norm import QueryNormName, make_query_norm
-from mixwright.routing import Condition, Routing
+from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
+from mixwright.routing import Condition
 
 GateName = Literal["softmax", "sigmoid", "relu", "renormalised", "one"]
 
 
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """What each head found, `(*batch, heads, k)`, the best first; the measures, `(*batch, heads)`, on request.
-
-    `coverage`: the share of the softmax over all experts that was retrieved. `entropy`: of that softmax, in nats.
-    `margin`: the last retrieved score less the best one that was left.
-    """
-
-    scores: Float[Tensor, "*batch heads k"]
-    gates: Float[Tensor, "*batch heads k"]
-    indices: Int[Tensor, "*batch heads k"]
-    coverage: Float[Tensor, "*batch heads"] | None = None
-    entropy: Float[Tensor, "*batch heads"] | None = None
-    margin: Float[Tensor, "*batch heads"] | None = None
-
-
-class ProductKeyRouter(AbstractRouter):
+class ProductKeyRouter(AbstractRetriever):
     """w, ids = gate(top_k(<q, c_i> + <q', c'_j>)), for each of `heads` queries of a token (He 2024, Algorithm 1).
 
     `grid`: sub-keys on the two axes; expert (i, j) has the id i * n2 + j. `dim_key`: the width of a head's query, both
@@ -64,36 +47,38 @@ class ProductKeyRouter(AbstractRouter):
         self.register_buffer("bias_first", torch.zeros(key_heads, grid[0]))
         self.register_buffer("bias_second", torch.zeros(key_heads, grid[1]))
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
-        """The heads side by side: k is heads * top_k, since heads are summed."""
-        found = self.retrieve(x, condition)
-        return Routing(found.gates.flatten(-2), self.num_experts, found.indices.flatten(-2))
-
     def retrieve(
         self, x: Float[Tensor, "*batch d_in"], condition: Condition, *, top_k: int | None = None, detail: bool = False
     ) -> Retrieval:
         """What each head finds; with `detail` the measures too. Tokens that are masked out get gates of zero."""
-        shape = x.shape[:-1]
-        counted = _counted(shape, condition)
-        queries = self._queries(x.reshape(-1, x.shape[-1]), counted)
-        k = top_k or self.top_k
+        found = self.find(self.asked(x, condition), top_k=top_k, detail=detail)
+        return found.counting(counted_tokens(x.shape[:-1], condition))
+
+    def asked(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Float[Tensor, "*batch heads 2 half"]:
+        """The normalised queries; in training with batch norm, what counts as one batch is one call."""
+        counted = counted_tokens(x.shape[:-1], condition)
+        queries = self._queries(x.reshape(-1, x.shape[-1]), None if counted is None else counted.reshape(-1))
+        return queries.view(*x.shape[:-1], *queries.shape[1:])
+
+    def find(
+        self, queries: Float[Tensor, "*batch heads 2 half"], *, top_k: int | None = None, detail: bool = False
+    ) -> Retrieval:
+        """What is retrieved for queries that are normalised already."""
+        shape, k = queries.shape[:-3], top_k or self.top_k
+        flat = queries.reshape(-1, *queries.shape[-3:])
         with torch.no_grad():
-            first, second = self._half_scores(queries)
+            first, second = self._half_scores(flat)
             indices = product_key_top_k(first, second, k, self.bias_first, self.bias_second).indices
-        scores = selected_scores(queries, self.keys_first.float(), self.keys_second.float(), indices)
-        gates = self._gates(scores)
-        if counted is not None:
-            gates = gates * counted[:, None, None]
+        scores = selected_scores(flat, self.keys_first.float(), self.keys_second.float(), indices)
         measures = self._measures(first, second, scores, k) if detail else (None, None, None)
-        parts = (scores, gates, indices, *measures)
+        parts = (scores, self._gates(scores), indices, *measures)
         return Retrieval(*(None if t is None else t.view(*shape, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
 
     def half_scores(
         self, x: Float[Tensor, "*batch d_in"], condition: Condition
     ) -> tuple[Float[Tensor, "*batch heads n1"], Float[Tensor, "*batch heads n2"]]:
         """The scores of all sub-keys of each axis."""
-        queries = self._queries(x.reshape(-1, x.shape[-1]), _counted(x.shape[:-1], condition))
-        first, second = self._half_scores(queries)
+        first, second = self._half_scores(self.asked(x, condition).reshape(-1, self.heads, 2, self.dim_key // 2))
         return first.view(*x.shape[:-1], *first.shape[1:]), second.view(*x.shape[:-1], *second.shape[1:])
 
     def _queries(self, x: Tensor, counted: Tensor | None) -> Tensor:
@@ -126,11 +111,3 @@ class ProductKeyRouter(AbstractRouter):
             entropy(first, second),
             scores.detach()[..., -1] - one_more.scores[..., -1],
         )
-
-
-def _counted(shape: torch.Size, condition: Condition) -> Bool[Tensor, " tokens"] | None:
-    """Which tokens are real; with a cache the mask begins with the tokens of earlier passes."""
-    mask = condition.token_mask
-    if mask is None or len(shape) != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        return None
-    return mask[:, mask.shape[1] - shape[1] :].reshape(-1)
