@@ -6,16 +6,15 @@ on the layer itself, in float64, and the one that gives the layer's own output i
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixwright.ops.activation import all_activations
-from mixwright.ops.neuron import ACTIVATIONS, Activation
+from mixwright.ops.neuron import ACTIVATIONS, Activation, activate
 from mixwright.sites import linear_site
 
 TOLERANCE = 1e-6
@@ -47,8 +46,21 @@ class Neurons:
         return self.rows.shape[-1]
 
     def hidden(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch experts"]:
-        """What each neuron says of x."""
-        return all_activations(x, self.rows, self.activation, self.bias)
+        """What each neuron says of x, before its row out."""
+        before = torch.stack([x @ self.rows[:, part].T for part in range(self.rows.shape[1] - 1)], -1)
+        return activate(before if self.bias is None else before + self.bias, self.activation)
+
+    def importance(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch experts"]:
+        """How much each neuron moves the output: |act| |v|."""
+        return self.hidden(x).abs() * self.rows[:, -1].norm(dim=-1)
+
+    def arranged(self, cells: Int[Tensor, " experts"], count: int) -> "Neurons":
+        """The same layer as a table of `count` neurons, neuron e at the place `cells[e]`; the others are of zeros."""
+        rows = self.rows.new_zeros(count, *self.rows.shape[1:]).index_copy(0, cells, self.rows)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.new_zeros(count, bias.shape[1]).index_copy(0, cells, bias)
+        return replace(self, rows=rows, bias=bias)
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """What the layer gives."""
