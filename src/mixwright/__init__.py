@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
+    from mixwright.methods.peer.layer import PEER
     from mixwright.routing import Condition, Routing, SupportSet
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Condition",
     "IncompatibleExpert",
     "MissingExtra",
+    "PEER",
     "Routing",
     "SupportSet",
     "__version__",
@@ -42,6 +44,7 @@ _HOMES = {
     "Condition": "routing",
     "IncompatibleExpert": "errors",
     "MissingExtra": "errors",
+    "PEER": "methods.peer.layer",
     "Routing": "routing",
     "SupportSet": "routing",
     "compose": "api",

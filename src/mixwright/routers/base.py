@@ -19,16 +19,11 @@ class AbstractRouter(nn.Module, ABC):
         """The routing of this pass; its decision axes broadcast against those of `x`."""
 
 
-class AbstractScores(nn.Module, ABC):
-    """Scores every expert for every token: higher is better, before any normalising. Always float32.
+class WideBuffers(nn.Module):
+    """Its buffers stay float32 when the model around them is cast to something narrower: what was measured or
+    decomposed in full precision is not rounded."""
 
-    That holds under autocast too, and its buffers stay float32 when the model around them is cast to something
-    narrower: what was measured or decomposed in full precision is not rounded.
-    """
-
-    num_experts: int
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AbstractScores":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideBuffers":
         """As nn.Module's, but a cast to a narrower type moves the buffers without rounding them."""
         wide = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -36,6 +31,13 @@ class AbstractScores(nn.Module, ABC):
             if buffer.is_floating_point() and buffer.dtype.itemsize < wide[name].dtype.itemsize:
                 setattr(self, name, wide[name].to(buffer.device))
         return self
+
+
+class AbstractScores(WideBuffers, ABC):
+    """Scores every expert for every token: higher is better, before any normalising. Always float32, and that holds
+    under autocast too."""
+
+    num_experts: int
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch experts"]:

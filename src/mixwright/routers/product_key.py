@@ -1,25 +1,32 @@
 """Retrieval among up to a million experts by product keys (Lample et al. 2019; He 2024, section 2.2)."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixwright.ops.product_key import coverage, entropy, log_partition, product_key_top_k
+from mixwright.ops.product_key import ProductKeys, coverage, entropy, log_partition, product_key_top_k
 from mixwright.ops.selected_scores import selected_scores
-from mixwright.routers.query_norm import QueryNormName, make_query_norm
+from mixwright.routers.base import WideBuffers
+from mixwright.routers.query_norm import KeyNormName, QueryNormName, known, make_key_norm, make_query_norm
+from mixwright.routers.remembered import version
 from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
 from mixwright.routing import Condition
 
 GateName = Literal["softmax", "sigmoid", "relu", "renormalised", "one"]
+SCORE_BYTES = 1 << 20
 
 
-class ProductKeyRouter(AbstractRetriever):
+class ProductKeyRouter(WideBuffers, AbstractRetriever):
     """w, ids = gate(top_k(<q, c_i> + <q', c'_j>)), for each of `heads` queries of a token (He 2024, Algorithm 1).
 
     `grid`: sub-keys on the two axes; expert (i, j) has the id i * n2 + j. `dim_key`: the width of a head's query, both
     halves together. `bias_first`, `bias_second`: added to the scores for the choice only; -inf keeps a sub-key out.
+    `ablated` `(num_experts,)`: experts that are passed over, the next best in their places; None: nobody.
+    `half_top_k`: only so many sub-keys of each half are candidates, where that is fewer than `top_k`. `separate_heads`:
+    head h has experts of its own, whose ids begin at h * n1 * n2. Scores and gates are float32 or wider, under
+    autocast too. `extra_gate` `(heads,)`: see `methods/peer/growth.py`.
     """
 
     def __init__(
@@ -31,21 +38,45 @@ class ProductKeyRouter(AbstractRetriever):
         dim_key: int = 256,
         gate: GateName = "softmax",
         query_norm: QueryNormName = "batch",
+        key_norm: KeyNormName = "none",
         share_keys: bool = True,
         query_bias: bool = False,
+        *,
+        half_top_k: int | None = None,
+        separate_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.grid, self.heads, self.top_k, self.dim_key, self.gate = grid, heads, top_k, dim_key, gate
-        self.num_experts = grid[0] * grid[1]
+        _check(d_in, grid, heads, top_k, dim_key, half_top_k)
+        known("gate", gate, get_args(GateName))
+        self.d_in, self.heads, self.top_k, self.dim_key = d_in, heads, top_k, dim_key
+        self.grid: tuple[int, int] = (int(grid[0]), int(grid[1]))
+        self.gate: GateName = gate
+        self.half_top_k, self.separate_heads = half_top_k, separate_heads
+        self.num_experts = self.grid[0] * self.grid[1] * (heads if separate_heads else 1)
         self.queries = nn.Linear(d_in, heads * dim_key, bias=query_bias)
         self.norm = make_query_norm(query_norm, heads, dim_key)
         key_heads, half = 1 if share_keys else heads, dim_key // 2
-        self.keys_first = nn.Parameter(torch.randn(key_heads, grid[0], half) * half**-0.5)
-        self.keys_second = nn.Parameter(torch.randn(key_heads, grid[1], half) * half**-0.5)
+        self.norm_first, self.norm_second = make_key_norm(key_norm, half), make_key_norm(key_norm, half)
+        self.keys_first = nn.Parameter(torch.empty(key_heads, self.grid[0], half))
+        self.keys_second = nn.Parameter(torch.empty(key_heads, self.grid[1], half))
+        for keys in (self.keys_first, self.keys_second):
+            nn.init.uniform_(keys, -(half**-0.5), half**-0.5)  # as XLM's; the paper does not say
         self.bias_first: Tensor
         self.bias_second: Tensor
-        self.register_buffer("bias_first", torch.zeros(key_heads, grid[0]))
-        self.register_buffer("bias_second", torch.zeros(key_heads, grid[1]))
+        self.ablated: Bool[Tensor, " experts"] | None
+        self.extra: Tensor | None
+        self.extra_gate: nn.Parameter | None
+        self.register_buffer("bias_first", torch.zeros(key_heads, self.grid[0]))
+        self.register_buffer("bias_second", torch.zeros(key_heads, self.grid[1]))
+        self.register_buffer("ablated", None)
+        self.register_buffer("extra", None)
+        self.register_parameter("extra_gate", None)
+        self._open: tuple[Any, int] | None = None
+
+    @property
+    def extra_slots(self) -> tuple[int, int] | None:
+        """The first sub-key of the experts that have slots of their own, and how many slots a head has for them."""
+        return None if self.extra is None else (int(self.extra[0]), int(self.extra[1]))
 
     def retrieve(
         self, x: Float[Tensor, "*batch d_in"], condition: Condition, *, top_k: int | None = None, detail: bool = False
@@ -56,58 +87,228 @@ class ProductKeyRouter(AbstractRetriever):
 
     def asked(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Float[Tensor, "*batch heads 2 half"]:
         """The normalised queries; in training with batch norm, what counts as one batch is one call."""
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"x has width {x.shape[-1]} on its last axis; this router was built for {self.d_in}.")
         counted = counted_tokens(x.shape[:-1], condition)
-        queries = self._queries(x.reshape(-1, x.shape[-1]), None if counted is None else counted.reshape(-1))
-        return queries.view(*x.shape[:-1], *queries.shape[1:])
+        with torch.autocast(x.device.type, enabled=False):
+            flat = self.queries(x.reshape(-1, self.d_in).to(self.queries.weight.dtype))
+            flat = wide(flat).unflatten(-1, (self.heads, self.dim_key))
+            queries = self.norm(flat, None if counted is None else counted.reshape(-1))
+        return queries.view(*x.shape[:-1], self.heads, 2, self.dim_key // 2)
 
     def find(
         self, queries: Float[Tensor, "*batch heads 2 half"], *, top_k: int | None = None, detail: bool = False
     ) -> Retrieval:
         """What is retrieved for queries that are normalised already."""
-        shape, k = queries.shape[:-3], top_k or self.top_k
+        shape, k = queries.shape[:-3], self.top_k if top_k is None else top_k
         flat = queries.reshape(-1, *queries.shape[-3:])
-        with torch.no_grad():
-            first, second = self._half_scores(flat)
-            indices = product_key_top_k(first, second, k, self.bias_first, self.bias_second).indices
-        scores = selected_scores(flat, self.keys_first.float(), self.keys_second.float(), indices)
-        measures = self._measures(first, second, scores, k) if detail else (None, None, None)
-        parts = (scores, self._gates(scores), indices, *measures)
+        with torch.autocast(flat.device.type, enabled=False):
+            first, second = self._keys()
+            best = self._search(flat, first, second, k, detail=detail)
+            scores = best.scores
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, first, second)):
+                local = best.indices - self._offset(best.indices) if self.separate_heads else best.indices
+                exact = selected_scores(flat, first, second, local)
+                scores = exact.masked_fill(best.scores == -torch.inf, -torch.inf)
+            parts = (scores, self._gates(scores, k), best.indices, *best[2:])
         return Retrieval(*(None if t is None else t.view(*shape, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
 
     def half_scores(
         self, x: Float[Tensor, "*batch d_in"], condition: Condition
     ) -> tuple[Float[Tensor, "*batch heads n1"], Float[Tensor, "*batch heads n2"]]:
-        """The scores of all sub-keys of each axis."""
-        first, second = self._half_scores(self.asked(x, condition).reshape(-1, self.heads, 2, self.dim_key // 2))
+        """The scores of all sub-keys of each axis, without biases."""
+        queries = self.asked(x, condition).reshape(-1, self.heads, 2, self.dim_key // 2)
+        with torch.autocast(x.device.type, enabled=False):
+            first, second = self._half_scores(queries, *self._keys())
         return first.view(*x.shape[:-1], *first.shape[1:]), second.view(*x.shape[:-1], *second.shape[1:])
 
-    def _queries(self, x: Tensor, counted: Tensor | None) -> Tensor:
-        flat = self.queries(x).float().unflatten(-1, (self.heads, self.dim_key))
-        return self.norm(flat, counted).unflatten(-1, (2, self.dim_key // 2))
-
-    def _half_scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        how = "thd,hnd->thn" if self.keys_first.shape[0] > 1 else "thd,ond->thn"
-        first = torch.einsum(how, queries[:, :, 0], self.keys_first.float())
-        return first, torch.einsum(how, queries[:, :, 1], self.keys_second.float())
-
-    def _gates(self, scores: Tensor) -> Tensor:
-        if self.gate == "softmax":
-            return scores.softmax(-1)
-        if self.gate == "relu":
-            return scores.relu()
-        if self.gate == "one":
-            return torch.ones_like(scores)
-        gates = scores.sigmoid()
-        return gates if self.gate == "sigmoid" else gates / gates.sum(-1, keepdim=True)
-
-    def _measures(self, first: Tensor, second: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        first, second = (
-            half.masked_fill(bias == -torch.inf, -torch.inf)
-            for half, bias in ((first, self.bias_first), (second, self.bias_second))
-        )
-        one_more = product_key_top_k(first, second, min(k + 1, self.num_experts), self.bias_first, self.bias_second)
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """The sub-keys as they are compared."""
+        first, second = wide(self.keys_first), wide(self.keys_second)
         return (
-            coverage(scores.detach(), log_partition(first, second)),
-            entropy(first, second),
-            scores.detach()[..., -1] - one_more.scores[..., -1],
+            first if self.norm_first is None else self.norm_first(first),
+            second if self.norm_second is None else self.norm_second(second),
+        )
+
+    def _half_scores(self, queries: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        cut = self._settled()
+        scores = _scores(queries[:, :, 0], first[:, :cut])
+        if cut < self.grid[0]:  # by themselves: a product of another size is rounded in another way
+            scores = torch.cat([scores, _scores(queries[:, :, 0], first[:, cut:])], -1)
+        return scores, _scores(queries[:, :, 1], second)
+
+    def _settled(self) -> int:
+        """How many leading sub-keys of the first axis are not new: what is new is behind, and kept out."""
+        if self.extra is not None:
+            return int(self.extra[0])
+        if torch.compiler.is_compiling():
+            return self.grid[0]
+        bias = self.bias_first
+        key = (id(bias), version(bias))
+        if self._open is None or self._open[0] != key or key[1] is None:
+            kept = (bias > -torch.inf).any(0).nonzero()
+            self._open = (key, int(kept[-1]) + 1 if len(kept) else self.grid[0])
+        return self._open[1]
+
+    @torch.no_grad()
+    def _search(self, queries: Tensor, first: Tensor, second: Tensor, k: int, *, detail: bool) -> "_Found":
+        """The best experts of each token and head, in pieces, so that never all scores lie in memory."""
+        bytes_each = self.heads * sum(self.grid) * queries.element_size()
+        piece = len(queries) if torch.compiler.is_compiling() else max(1, SCORE_BYTES // bytes_each)
+        found = [self._search_piece(part, first, second, k, detail) for part in queries.split(max(1, piece))]
+        if len(found) == 1:
+            return found[0]
+        return _Found(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
+
+    def _search_piece(self, queries: Tensor, first: Tensor, second: Tensor, k: int, detail: bool) -> "_Found":
+        one, two = self._half_scores(queries, first, second)
+        bias_one, bias_two = self.bias_first.to(one.dtype), self.bias_second.to(two.dtype)
+        slots = self.extra_slots
+        old = slice(None if slots is None else slots[0])
+        more = int(detail and k < one[..., old].shape[-1] * self.grid[1])
+        best = self._choose(one[..., old], two, bias_one[..., old], bias_two, k + more)
+        measures: tuple[Tensor | None, ...] = (None, None, None)
+        if detail:
+            measures = _measures(one[..., old], two, bias_one[..., old], bias_two, best.scores, k)
+            best = ProductKeys(best.scores[..., :k], best.indices[..., :k])
+        if slots is not None:
+            new = slice(slots[0], None)
+            added = self._choose(one[..., new], two, bias_one[..., new], bias_two, slots[1], slots[0] * self.grid[1])
+            best = ProductKeys(*(torch.cat(pair, -1) for pair in zip(best, added, strict=True)))
+        return _Found(best.scores, best.indices, *measures)
+
+    def _choose(
+        self, first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, k: int, start: int = 0
+    ) -> ProductKeys:
+        """The k best with global ids; `start`: the id of the first expert of this part of the grid."""
+        if self.half_top_k is not None and self.half_top_k < k:
+            first_bias = first_bias + _only_best(first + first_bias, self.half_top_k)
+            second_bias = second_bias + _only_best(second + second_bias, self.half_top_k)
+        wanted, most = k, first.shape[-1] * second.shape[-1]
+        while True:
+            found = product_key_top_k(first, second, wanted, first_bias, second_bias)
+            indices = found.indices + start
+            if self.separate_heads:
+                indices = indices + self._offset(indices)
+            if self.ablated is None:
+                return ProductKeys(found.scores, indices)
+            live = ~self.ablated[indices]
+            if wanted == most or bool((live.sum(-1) >= k).all()):
+                break
+            wanted = min(most, 2 * wanted)
+        order = (~live).long().argsort(dim=-1, stable=True)[..., :k]
+        live, scores, indices = (t.gather(-1, order) for t in (live, found.scores, indices))
+        return ProductKeys(scores.masked_fill(~live, -torch.inf), torch.where(live, indices, indices[..., :1]))
+
+    def _offset(self, indices: Tensor) -> Tensor:
+        """Where the ids of each head begin."""
+        return torch.arange(self.heads, device=indices.device)[:, None] * (self.grid[0] * self.grid[1])
+
+    def _gates(self, scores: Tensor, k: int) -> Tensor:
+        if self.extra_gate is None:
+            return _gate(self.gate, scores)
+        old, new = _gate(self.gate, scores[..., :k]), _gate(self.gate, scores[..., k:])
+        return torch.cat([old, new * self.extra_gate.to(new.dtype)[:, None]], -1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """What growth and ablation added is taken over from the state, more sub-keys on the first axis included."""
+        keys = state_dict.get(f"{prefix}keys_first")
+        if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
+            self.widen(keys.shape[1] - self.grid[0])
+        for name in ("ablated", "extra"):
+            held = state_dict.get(f"{prefix}{name}")
+            if isinstance(held, Tensor) and getattr(self, name) is None:
+                self.register_buffer(name, torch.zeros_like(held, device=self.keys_first.device))
+        if f"{prefix}extra_gate" in state_dict and self.extra_gate is None:
+            self.extra_gate = nn.Parameter(self.keys_first.new_zeros(self.heads))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @torch.no_grad()
+    def widen(self, sub_keys: int) -> None:
+        """Room for more sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
+        keys, bias = self.keys_first, self.bias_first
+        drawn = torch.empty(keys.shape[0], sub_keys, keys.shape[2]).uniform_(
+            -(keys.shape[2] ** -0.5), keys.shape[2] ** -0.5
+        )
+        keys.data = torch.cat([keys.data, drawn.to(keys)], 1)
+        keys.grad = None
+        self.bias_first = torch.cat([bias, bias.new_full((bias.shape[0], sub_keys), -torch.inf)], 1)
+        self.grid = (self.grid[0] + sub_keys, self.grid[1])
+        self.num_experts = self.grid[0] * self.grid[1]
+        if self.ablated is not None:
+            self.ablated = torch.cat([self.ablated, self.ablated.new_zeros(sub_keys * self.grid[1])])
+
+
+class _Found(NamedTuple):
+    scores: Tensor
+    indices: Tensor
+    coverage: Tensor | None
+    entropy: Tensor | None
+    margin: Tensor | None
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """`(tokens, heads, half)` by `(key_heads, n, half)`."""
+    if keys.shape[0] == 1:
+        return queries @ keys[0].mT.to(queries.dtype)
+    return torch.einsum("thd,hnd->thn", queries, keys.to(queries.dtype))
+
+
+def _gate(kind: GateName, scores: Tensor) -> Tensor:
+    """One head's gates of its retrieved scores; zero where the score is -inf, everywhere if need be."""
+    possible = scores > -torch.inf
+    scores = scores.masked_fill(~possible, torch.finfo(scores.dtype).min)
+    if kind == "softmax":
+        gates = scores.softmax(-1)
+    elif kind == "relu":
+        gates = scores.relu()
+    elif kind == "one":
+        gates = torch.ones_like(scores)
+    else:
+        gates = scores.sigmoid()
+        if kind == "renormalised":
+            gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    return gates.masked_fill(~possible, 0.0)
+
+
+def _only_best(scores: Tensor, m: int) -> Tensor:
+    """0 for the m best, -inf for the others."""
+    kept = scores.topk(min(m, scores.shape[-1]), -1).indices
+    return torch.full_like(scores, -torch.inf).scatter(-1, kept, 0.0)
+
+
+def _measures(
+    first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, scores: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coverage, entropy and margin, without sub-keys that are kept out; the margin is infinite where nobody is left."""
+    first = first.masked_fill(first_bias == -torch.inf, -torch.inf)
+    second = second.masked_fill(second_bias == -torch.inf, -torch.inf)
+    left = scores[..., k] if scores.shape[-1] > k else torch.full_like(scores[..., 0], -torch.inf)
+    margin = torch.where(left == -torch.inf, torch.inf, scores[..., k - 1] - left)
+    return coverage(scores[..., :k], log_partition(first, second)), entropy(first, second), margin
+
+
+def _check(d_in: int, grid: tuple[int, int], heads: int, top_k: int, dim_key: int, half_top_k: int | None) -> None:
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid={grid}: expected two numbers of sub-keys, (n1, n2), each at least 1.")
+    for name, value in (("d_in", d_in), ("heads", heads)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1.")
+    if dim_key < 2 or dim_key % 2:
+        raise ValueError(f"dim_key={dim_key}: a query is two halves, so its width is even and at least 2.")
+    if not 1 <= top_k <= grid[0] * grid[1]:
+        raise ValueError(
+            f"top_k={top_k}, but a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} experts; choose "
+            f"1 <= top_k <= {grid[0] * grid[1]}."
+        )
+    if half_top_k is not None and not (
+        half_top_k >= 1 and min(half_top_k, grid[0]) * min(half_top_k, grid[1]) >= top_k
+    ):
+        raise ValueError(
+            f"half_top_k={half_top_k} leaves fewer than top_k={top_k} pairs of sub-keys; choose it larger."
         )

@@ -76,7 +76,7 @@ class AbstractRetriever(AbstractRouter):
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The heads side by side: k is heads * top_k, since heads are summed."""
         found = self.retrieve(x, condition, detail=any(observer.detail for observer in self.observers))
-        if self.observers and not _runs_again():
+        if self.observers and not runs_again():
             counted = counted_tokens(x.shape[:-1], condition)
             for observer in self.observers:
                 observer(found, counted)
@@ -91,6 +91,6 @@ def counted_tokens(shape: torch.Size, condition: Condition) -> Bool[Tensor, "*ba
     return mask[:, mask.shape[1] - shape[1] :]
 
 
-def _runs_again() -> bool:
+def runs_again() -> bool:
     """Whether this is a checkpointed layer's second forward, inside a backward pass."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]  (torch has no public word)
