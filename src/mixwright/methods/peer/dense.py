@@ -45,7 +45,7 @@ def neurons_of(experts: NeuronExperts, ids: Int[Tensor, " ids"] | None = None) -
     table = experts.table
     if table.parts == 1:
         raise ValueError("these experts are a memory of values, which no feed-forward layer is.")
-    if getattr(experts, "output_gate", None) is not None:
+    if experts.output_gate is not None:
         raise ValueError("what these experts say is gated on its way out, which no feed-forward layer does.")
     device = next(experts.parameters()).device
     chosen = torch.arange(table.num_experts, device=device) if ids is None else ids.to(device)
