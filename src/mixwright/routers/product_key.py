@@ -3,7 +3,7 @@
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mixwright.ops.product_key import ProductKeys, coverage, entropy, log_partition, product_key_top_k
@@ -26,7 +26,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     `ablated` `(num_experts,)`: experts that are passed over, the next best in their places; None: nobody.
     `half_top_k`: only so many sub-keys of each half are candidates, where that is fewer than `top_k`. `separate_heads`:
     head h has experts of its own, whose ids begin at h * n1 * n2. Scores and gates are float32 or wider, under
-    autocast too. `extra_gate` `(heads,)`: see `methods/peer/growth.py`.
+    autocast too. `extra_gate` `(heads,)`: see `methods/peer/growth.py`. `always`: ids of experts that act on every
+    token with a gate of 1, beside those that the first head finds; they should be ablated, or they may act twice.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.register_buffer("bias_second", torch.zeros(key_heads, self.grid[1]))
         self.register_buffer("ablated", None)
         self.register_buffer("extra", None)
+        self.always: Int[Tensor, " always"] | None
+        self.register_buffer("always", None)
         self.register_parameter("extra_gate", None)
         self._open: tuple[Any, int] | None = None
 
@@ -110,7 +113,10 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
                 local = best.indices - self._offset(best.indices) if self.separate_heads else best.indices
                 exact = selected_scores(flat, first, second, local)
                 scores = exact.masked_fill(best.scores == -torch.inf, -torch.inf)
-            parts = (scores, self._gates(scores, k), best.indices, *best[2:])
+            gates, indices = self._gates(scores, k), best.indices
+            if self.always is not None:
+                scores, gates, indices = self._beside(self.always, scores, gates, indices)
+            parts = (scores, gates, indices, *best[2:])
         return Retrieval(*(None if t is None else t.view(*shape, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
 
     def half_scores(
@@ -204,6 +210,17 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         """Where the ids of each head begin."""
         return torch.arange(self.heads, device=indices.device)[:, None] * (self.grid[0] * self.grid[1])
 
+    def _beside(self, always: Tensor, scores: Tensor, gates: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts that always act, in places of their own after what was found; their scores are told as 0."""
+        ids = always.expand(*indices.shape[:-1], -1)
+        on = gates.new_zeros(ids.shape)
+        on[..., 0, :] = 1.0
+        return (
+            torch.cat([scores, scores.new_zeros(ids.shape)], -1),
+            torch.cat([gates, on], -1),
+            torch.cat([indices, ids], -1),
+        )
+
     def _gates(self, scores: Tensor, k: int) -> Tensor:
         if self.extra_gate is None:
             return _gate(self.gate, scores)
@@ -215,7 +232,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         keys = state_dict.get(f"{prefix}keys_first")
         if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
             self.widen(keys.shape[1] - self.grid[0])
-        for name in ("ablated", "extra"):
+        for name in ("ablated", "extra", "always"):
             held = state_dict.get(f"{prefix}{name}")
             if isinstance(held, Tensor) and getattr(self, name) is None:
                 self.register_buffer(name, torch.zeros_like(held, device=self.keys_first.device))
