@@ -1,6 +1,6 @@
 """The side channel of one composed model: foreign backbones can't hand extra arguments to a layer deep inside."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mixwright.routing import Condition, Routing
 
@@ -19,6 +19,12 @@ class Channel:
     trace: dict[str, list[Routing]] | None = None
     override: Routing | None = None
     enabled: bool = True
+
+    def condition_at(self, stream: str) -> Condition:
+        """The condition of the current pass as retrievers take it: `token_mask` is of the tokens of a site's stream."""
+        if stream == "decoder" or self.condition.encoder_mask is self.condition.token_mask:
+            return self.condition
+        return replace(self.condition, token_mask=self.condition.encoder_mask if stream == "encoder" else None)
 
     def note(self, site: str, routing: Routing) -> None:
         """Keep a routing if somebody is tracing."""

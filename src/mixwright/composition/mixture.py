@@ -6,52 +6,72 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.composition.channel import Channel
+from mixwright.composition.entry import Carried
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
+from mixwright.routers.retriever import AbstractRetriever
 from mixwright.sites import linear_site
 
 
 class Mixture(nn.Module):
     """y = base(x) + sum_e w_e f_e(x).
 
-    `base` may be None, where the experts are the whole layer. What a foreign model asks of the layer that stood here
-    (`weight`, `in_features`, ...) is answered by the base. `site`, `stream`, `flat` and `channel` are set when the
-    mixture is installed; `flat` means that the backbone hands this layer its tokens without a batch axis.
+    `base` may be None, where the experts are the whole layer; what stood there is kept as `replaced`, and acts only
+    where the experts are disabled. What a foreign model asks of the layer that stood here (`weight`, `in_features`,
+    ...) is answered by it. `entry`: the path of the layer whose input the experts read, where that is not the one that
+    stands here, see `composition.entry`. `site`, `stream`, `flat`, `channel` and `replaced` are set when the mixture is
+    installed; `flat` means that the backbone hands this layer its tokens without a batch axis.
     """
 
-    def __init__(self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts) -> None:
+    def __init__(
+        self, base: nn.Module | None, router: AbstractRouter, experts: AbstractExperts, entry: str = ""
+    ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
             raise ValueError(
                 f"the router chooses among {router.num_experts} experts, but there are {experts.num_experts}."
             )
         self.base = base
+        self.replaced: nn.Module | None = None
         self.router = router
         self.experts = experts
+        self.entry = entry
+        self.carried = Carried() if entry else None
         self.site = ""
         self.stream = "decoder"
         self.flat = False
         self.channel = Channel()
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """Route, note the routing, apply the experts, add the base."""
+    def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
+        """Route, note the routing, apply the experts, add the base. What else a layer is called with is the base's."""
         # Asked for once: an attribute that is a module is found last, after two searches in vain.
         channel, base, router, experts = self.channel, self.base, self.router, self.experts
-        if not channel.enabled and base is not None:
-            return base(x)
-        tokens = self._with_batch_axis(x)
-        condition = channel.condition
+        if not channel.enabled and (bare := self.bare) is not None:
+            return bare(x, *args, **kwargs)
+        read = x if self.carried is None else self.carried.take()
+        tokens = self._with_batch_axis(read)
+        condition = channel.condition_at(self.stream) if isinstance(router, AbstractRetriever) else channel.condition
         routing = channel.override or router(tokens, condition)
         channel.note(self.site, routing)
         if base is None:
             combined = experts(tokens, routing, condition)
         else:
-            out = self._with_batch_axis(base(x))
+            out = self._with_batch_axis(base(x, *args, **kwargs))
             if self._fresh(base):
                 combined = experts.onto(out, tokens, routing, condition)
             else:
                 combined = out + experts(tokens, routing, condition).to(out.dtype)
-        return combined.flatten(0, 1) if combined.dim() > x.dim() else combined
+        return combined.flatten(0, 1) if combined.dim() > read.dim() else combined
+
+    def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
+        """What the experts say to `x` by themselves, also where they are disabled; with a batch axis."""
+        tokens, condition = self._with_batch_axis(x), self.channel.condition_at(self.stream)
+        return self.experts(tokens, self.router(tokens, condition), condition)
+
+    @property
+    def bare(self) -> nn.Module | None:
+        """What stood here before: the base, or what the experts replaced."""
+        return self.replaced if self.base is None else self.base
 
     def _fresh(self, base: nn.Module) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
@@ -67,7 +87,8 @@ class Mixture(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("_"):
+            modules = self.__dict__.get("_modules", {})
+            bare = modules.get("replaced") if modules.get("base") is None else modules["base"]
+            if bare is None or name.startswith("_"):
                 raise
-            return getattr(base, name)
+            return getattr(bare, name)

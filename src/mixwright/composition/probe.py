@@ -181,17 +181,21 @@ def encoder_of(backbone: nn.Module) -> nn.Module | None:
 
 
 def _stream_lengths(inputs: Mapping[str, Any], log: _Log) -> dict[str, tuple[int, int]]:
-    """The leading axes (batch, tokens) of each stream's activations; where no input tells, as most sites have them."""
-    main = inputs.get("decoder_input_ids")
+    """The leading axes (batch, tokens) of each stream's activations, as most sites have them; else as the ids do."""
+    main, ids = inputs.get("decoder_input_ids"), inputs.get("input_ids")
     if not isinstance(main, Tensor):
-        return _commonest("decoder", list(log.inputs.values()))
+        return _commonest("decoder", list(log.inputs.values())) or _axes("decoder", ids)
     source = _commonest("encoder", [x for path, x in log.inputs.items() if log.inside[path]])
-    return {"decoder": (main.shape[0], main.shape[1]), **source}
+    return {"decoder": (main.shape[0], main.shape[1]), **(source or _axes("encoder", ids))}
 
 
 def _commonest(stream: str, activations: Sequence[Tensor]) -> dict[str, tuple[int, int]]:
     axes = [(x.shape[0], x.shape[1]) for x in activations if x.dim() == 3]
     return {stream: max(axes, key=axes.count)} if axes else {}
+
+
+def _axes(stream: str, ids: Any) -> dict[str, tuple[int, int]]:
+    return {stream: (ids.shape[0], ids.shape[1])} if isinstance(ids, Tensor) and ids.dim() == 2 else {}
 
 
 def _looks_ahead(backbone: nn.Module, sites: Sequence[str], inputs: Mapping[str, Any], log: _Log) -> bool:

@@ -1,6 +1,6 @@
 """Mixtures back from the tensors of a saved composition, checked against the backbone that they go to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -28,18 +28,22 @@ def of_whole(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return {name: tensor for name, tensor in state.items() if not name.startswith("whole.")}, whole
 
 
-def by_site(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, SiteState]:
+def by_site(
+    state: Mapping[str, Tensor], backbone: nn.Module, among: Iterable[str] | None = None
+) -> dict[str, SiteState]:
     """The tensors of `ComposedModel.added_state`, by site in the backbone's order.
 
-    Raises CatalogError (TENSOR) for a name that is no tensor of a mixture at a linear layer of this backbone.
+    `among`: the layers that a mixture may stand at, in that order; the linear ones unless given. Raises CatalogError
+    (TENSOR) for a name that is no tensor of a mixture at one of them.
     """
-    sites = linear_sites(backbone)
+    sites = dict.fromkeys(linear_sites(backbone) if among is None else among)
     found: dict[str, SiteState] = {}
     for name, tensor in state.items():
         part = next((part for part in ("router", "experts") if f".{part}." in name), "")
         site, _, rest = name.partition(f".{part}.")
         if not part or site not in sites:
-            raise CatalogError("TENSOR", name[:80], "it belongs to no linear layer of this backbone.")
+            kind = "linear layer" if among is None else "layer"
+            raise CatalogError("TENSOR", name[:80], f"it belongs to no {kind} of this backbone.")
         getattr(found.setdefault(site, SiteState()), part)[rest] = tensor
     return {site: found[site] for site in sites if site in found}
 

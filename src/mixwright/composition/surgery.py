@@ -5,30 +5,41 @@ from collections.abc import Mapping
 from torch import nn
 
 from mixwright.composition.channel import Channel
+from mixwright.composition.entry import Entry
 from mixwright.composition.mixture import Mixture
 
 
 def install(backbone: nn.Module, mixtures: Mapping[str, Mixture], channel: Channel) -> None:
-    """Replace the module at each path by its mixture, whose base is that module.
+    """Replace the module at each path by its mixture, whose base is that module, or which replaces it.
 
     A layer that the backbone holds under several paths is replaced at all of them, by the one mixture.
     """
     held = _paths(backbone)
     for path, mixture in mixtures.items():
+        stands = backbone.get_submodule(path)
         mixture.site, mixture.channel = path, channel
+        if mixture.base is None:
+            mixture.replaced = stands
         mixture.train(backbone.training)
         if isinstance(_owner(backbone, path), nn.TransformerEncoderLayer):
             mixture.register_forward_hook(_nothing)  # torch's fused layer reads weights past a module without hooks
-        _replace(backbone, held[id(backbone.get_submodule(path))], mixture)
+        _replace(backbone, held[id(stands)], mixture)
+        if mixture.carried is not None:
+            first = backbone.get_submodule(mixture.entry)
+            entry = Entry(first, mixture.carried, channel, replaced=mixture.base is None).train(backbone.training)
+            _replace(backbone, held[id(first)], entry)
 
 
 def uninstall(backbone: nn.Module, mixtures: Mapping[str, Mixture]) -> None:
-    """Put the bases back."""
+    """Put back what stood there."""
     held = _paths(backbone)
-    for path, mixture in mixtures.items():
-        if mixture.base is None:
-            raise ValueError(f"the mixture at {path} has no base to put back.")
-        _replace(backbone, held[id(mixture)], mixture.base)
+    for mixture in mixtures.values():
+        assert mixture.bare is not None
+        _replace(backbone, held[id(mixture)], mixture.bare)
+        if mixture.carried is not None:
+            entry = backbone.get_submodule(mixture.entry)
+            assert isinstance(entry, Entry)
+            _replace(backbone, held[id(entry)], entry.base)
 
 
 def freeze(module: nn.Module) -> tuple[nn.Parameter, ...]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.table import NeuronTable
+from mixwright.methods.peer.config import PRESETS as OPTIONS
 from mixwright.routers.product_key import ProductKeyRouter
 
 
@@ -41,46 +42,8 @@ def _draw_memory_plus(router: ProductKeyRouter, experts: NeuronExperts) -> None:
 
 
 PRESETS: dict[str, Preset] = {
-    "paper": Preset(
-        {
-            "num_experts": (1024, 1024),
-            "heads": 8,
-            "top_k": 16,
-            "dim_key": 256,
-            "gate": "softmax",
-            "query_norm": "batch",
-            "share_keys": True,
-            "activation": "gelu",
-        }
-    ),
-    "peer_pytorch": Preset(
-        {
-            "num_experts": (1000, 1000),
-            "heads": 8,
-            "top_k": 1,
-            "dim_key": None,
-            "gate": "relu",
-            "query_norm": "none",
-            "share_keys": False,
-            "activation": "gelu",
-        },
-        _draw_peer_pytorch,
-    ),
-    "memory_plus": Preset(
-        {
-            "num_experts": (1024, 1024),
-            "heads": 4,
-            "top_k": 32,
-            "dim_key": 512,
-            "gate": "softmax",
-            "query_norm": "none",
-            "share_keys": False,
-            "query_bias": True,
-            "values_only": True,
-            "output_gate": True,
-        },
-        _draw_memory_plus,
-    ),
+    "paper": Preset(OPTIONS["paper"]),
+    "peer_pytorch": Preset(OPTIONS["peer_pytorch"], _draw_peer_pytorch),
+    "memory_plus": Preset(OPTIONS["memory_plus"], _draw_memory_plus),
 }
-"""`paper`: He 2024; the width of queries, which it does not say, is Lample et al.'s. `peer_pytorch`: the defaults of
-PEER-pytorch 0.2, under which each head uses one expert, not 16. `memory_plus`: Berges et al. 2024 and their code."""
+"""See `config.PRESETS`."""

@@ -1,0 +1,81 @@
+"""How PEER trains inside a model that exists: stage *distil*, where asked for, then stage *pretrain*.
+
+The backbone stays frozen in both. The paper trains whole models, and says nothing about its optimiser.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+
+from torch import nn
+
+from mixwright.composition.model import ComposedModel
+from mixwright.config import decode
+from mixwright.methods.peer.config import PeerConfig
+from mixwright.methods.peer.distil import match_replaced
+from mixwright.methods.peer.model import PeerComposedModel, compose
+from mixwright.training.objectives import supervised
+from mixwright.training.stage import Objective, ParamGroup, Stage
+
+CHOOSE_EVERY = 100
+
+OF_TRAINING = frozenset(
+    {"seed", "licence", "learning_rate", "router_learning_rate", "weight_decay", "steps", "distil_steps"}
+    | {"warmup", "cooldown", "clip"}
+)
+"""What may be set anew for a composition that is there already. All else is built into it."""
+
+
+def stages(config: PeerConfig) -> tuple[Stage, ...]:
+    """*distil*, if it has steps: each layer learns to say what the one that it replaced said. *pretrain*: all of them
+    learn what the model is trained for; the best of every 100 steps where there is held-out data."""
+    pretrain = _stage("pretrain", config, config.steps, supervised)
+    if not config.distil_steps:
+        return (pretrain,)
+    return (_stage("distil", config, config.distil_steps, match_replaced), pretrain)
+
+
+def groups(config: PeerConfig) -> tuple[ParamGroup, ...]:
+    """The rows, and whatever leads to them: queries, norms, sub-keys and projections."""
+    paths: Sequence[str] = ("*.router.[qkn]*",)  # queries, keys and norms, those that there are
+    if config.row_dim is not None:
+        paths = (*paths, "*.experts.project_*")
+    return (
+        ParamGroup(select=("*.experts.table.*",), lr=config.learning_rate, name="table"),
+        ParamGroup(select=tuple(paths), lr=config.router_learning_rate, name="router"),
+    )
+
+
+def _stage(name: str, config: PeerConfig, steps: int, objective: Objective) -> Stage:
+    return Stage(
+        name=name,
+        groups=groups(config),
+        steps=steps,
+        objective=objective,
+        warmup=config.warmup,
+        cooldown=config.cooldown,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        choose_every=CHOOSE_EVERY,
+        build=lambda backbone, seed, before: _started(backbone, config, seed, before),
+    )
+
+
+def _started(backbone: nn.Module, config: PeerConfig, seed: int, before: ComposedModel | None) -> PeerComposedModel:
+    """Fresh experts, or those that are there already."""
+    return compose(replace(config, seed=seed), [backbone]) if before is None else _under(config, before)
+
+
+def _under(config: PeerConfig, model: ComposedModel) -> PeerComposedModel:
+    """A composition with the training settings of `config`. Raises ValueError for another setting that differs."""
+    assert isinstance(model, PeerComposedModel)
+    stored = decode(PeerConfig, model.composition.config, where="composition").settled()
+    for field in fields(PeerConfig):
+        old, new = getattr(stored, field.name), getattr(config.settled(), field.name)
+        if field.name not in OF_TRAINING and old != new:
+            raise ValueError(
+                f"config.{field.name}: the composition has {old!r} and the recipe {new!r}, which training cannot "
+                "change; leave it out, or start afresh without recipe.composition."
+            )
+    settings = {name: value for name, value in asdict(config).items() if name in OF_TRAINING}
+    model.composition = replace(model.composition, config={**asdict(stored), **settings})
+    return model
