@@ -86,7 +86,7 @@ def fit_keys(
 
     Each neuron's score is the log-odds of being chosen, plus `shift`: a neuron's error counts as much as its
     importance is away from the last chosen one's. Neurons that the router passes over are not the oracle's either.
-    Random choices come from `seed`; dropout and the like there is none.
+    Random choices come from `seed`.
     """
     _refuse_heads(router)
     if not len(inputs):
@@ -139,11 +139,12 @@ def measure(router: ProductKeyRouter, neurons: Neurons, inputs: Float[Tensor, "t
     """How retrieval compares with the oracle on `inputs`, which it should not have learnt from."""
     _refuse_heads(router)
     sums = torch.zeros(6, dtype=torch.float64)
-    out = neurons.rows[:, -1]
+    out, active = neurons.rows[:, -1], router.top_k
     for x in inputs.split(_CHUNK):
         hidden, importance = neurons.hidden(x), neurons.importance(x)
-        best = importance.topk(router.top_k, -1).indices
         found = router.retrieve(x, Condition())
+        active = min(found.indices.shape[-1], router.num_experts)
+        best = importance.topk(active, -1).indices
         mine = torch.zeros_like(importance).scatter(-1, found.indices[:, 0], (found.gates[:, 0] > 0).to(importance))
         gates = torch.zeros_like(importance).scatter_add(-1, found.indices[:, 0], found.gates[:, 0].to(importance))
         whole, theirs = hidden @ out, torch.zeros_like(hidden).scatter(-1, best, hidden.gather(-1, best)) @ out
@@ -153,7 +154,7 @@ def measure(router: ProductKeyRouter, neurons: Neurons, inputs: Float[Tensor, "t
         sums += torch.stack([t.double().cpu() for t in (*numbers[:2], numbers[2] * len(x), *gaps)])
     hit, possible, mass, gap, best_gap, size = sums.tolist()
     size = max(size, 1e-30)
-    return Found(router.top_k, hit / max(possible, 1.0), mass / max(len(inputs), 1), gap / size, best_gap / size)
+    return Found(active, hit / max(possible, 1.0), mass / max(len(inputs), 1), gap / size, best_gap / size)
 
 
 def _refuse_heads(router: ProductKeyRouter) -> None:
