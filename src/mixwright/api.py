@@ -31,8 +31,8 @@ from mixwright.training.sources import read_texts
 
 def compose(
     method: str,
-    *,
     backbone: nn.Module | str | Path,
+    *,
     catalog: Catalog | str | Path | None = None,
     **config: Any,
 ) -> ComposedModel:

@@ -90,9 +90,16 @@ def write_new(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file that must not exist yet, without syncing: `publish_folder` will. Put it in `room_for` the whole."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        _write_all(descriptor, data)
+        write_all(descriptor, data)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all bytes at a descriptor's place."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -100,13 +107,23 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises CatalogError (DISK_FULL), with the old content in place and nothing left beside it.
     """
+    with staged_file(path, len(data)) as descriptor:
+        write_all(descriptor, data)
+
+
+@contextlib.contextmanager
+def staged_file(path: str | os.PathLike[str], needed: int) -> Generator[int, None, None]:
+    """A descriptor of a file that takes the name `path` at one instant when the block ends well, and else is gone.
+
+    `needed`: the bytes it will hold, for the message. Raises CatalogError (DISK_FULL), with the old content in place.
+    """
     path = Path(path)
-    with room_for(path, len(data)):
+    with room_for(path, needed):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             try:
                 os.fchmod(descriptor, 0o644)
-                _write_all(descriptor, data)
+                yield descriptor
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -228,12 +245,6 @@ def _wait_for(descriptor: int, until: float, path: str) -> None:
                 )
                 raise CatalogError("LOCKED", path[-80:], message) from None
             time.sleep(0.01)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
 
 
 def _sync(path: str | os.PathLike[str]) -> None:

@@ -1,12 +1,15 @@
-"""`explain`: which experts acted on each token of a text, or which latent experts serve which task."""
+"""`explain`: which experts or neurons acted on each token of a text, or which latent experts serve which task."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixwright.cli.composition import Backbone, Folder, opened, text_of
 from mixwright.cli.output import Json, console, example, print_json
+
+if TYPE_CHECKING:
+    from mixwright.composition.model import ComposedModel
 
 _EXAMPLE = (
     "mixwright explain composed --file mixed.txt --output mixed.html",
@@ -45,6 +48,9 @@ def explain(
 
     A model routed by task needs no text: which latent experts serve which task, layer by layer, how alike the tasks
     are, what each expert really adds, what it costs, and what is wrong.
+
+    A model that retrieves single neurons: usage by layer and head, which neurons fire on which tokens, how sure each
+    retrieval was, and what was done where it was not.
     """
     if text is None and file is None:
         if target is not None or without is not None:
@@ -55,8 +61,12 @@ def explain(
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
     from mixwright.evaluation.explain import explain as explained
+    from mixwright.evaluation.neuron_text import retrieves_neurons
 
     model, tokenizer = opened(composition, backbone)
+    if retrieves_neurons(model):
+        _explain_neurons(model, tokenizer, given, target, without, output, terminal, as_json)
+        return
     found = explained(model, tokenizer, given, target=target, without=without)
     if output is not None:
         from mixwright.files import write_atomic
@@ -70,6 +80,37 @@ def explain(
         from mixwright.report.terminal import print_explanation
 
         print_explanation(found, console())
+    if output is not None:
+        console().print(f"wrote {output}: open it in a browser", markup=False)
+
+
+def _explain_neurons(
+    model: "ComposedModel",
+    tokenizer: Any,
+    text: str,
+    target: str | None,
+    without: str | None,
+    output: Path | None,
+    terminal: bool,
+    as_json: bool,
+) -> None:
+    from mixwright.evaluation.neuron_text import explain_neurons
+
+    if without is not None:
+        raise ValueError("--without names an expert; neurons go by number: take them out with model.ablate(ids).")
+    found = explain_neurons(model, tokenizer, text, target=target)
+    if output is not None:
+        from mixwright.files import write_atomic
+        from mixwright.report.neuron_page import neuron_page
+
+        write_atomic(output, neuron_page(found).encode("utf-8"))
+    if as_json:
+        print_json(found.to_dict())
+        return
+    if terminal or output is None:
+        from mixwright.report.neuron_terminal import print_neuron_text
+
+        print_neuron_text(found, console())
     if output is not None:
         console().print(f"wrote {output}: open it in a browser", markup=False)
 

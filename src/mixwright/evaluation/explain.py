@@ -115,14 +115,14 @@ def explain(
     with eval_mode(model):
         tally, output = measured(model, {name: len(stream.ids) for name, stream in streams.items()}, inputs)
         leaders = {name: tally.leaders(name) for name in streams}
-        losses = {"loss": _losses(model, streams, output)}
+        losses = {"loss": token_losses(model, streams, output)}
         if losses["loss"]:
             with model.disabled():
-                losses["loss_backbone"] = _losses(model, streams, model(**inputs))
+                losses["loss_backbone"] = token_losses(model, streams, model(**inputs))
             without = without or _most_frequent(model, [leader for each in leaders.values() for leader in each])
             if without is not None:
                 with leaving_out(model, without):
-                    losses["loss_without"] = _losses(model, streams, model(**inputs))
+                    losses["loss_without"] = token_losses(model, streams, model(**inputs))
     return Explanation(
         text=text,
         target=target,
@@ -133,7 +133,7 @@ def explain(
         weight_by_depth=tally.weight_by_depth(),
         contribution_by_depth=tally.contribution_by_depth(),
         without=without if "loss_without" in losses else None,
-        composition=_described(model),
+        composition=described(model),
     )
 
 
@@ -152,8 +152,8 @@ def leaving_out(model: ComposedModel, expert: str) -> Generator[None]:
         model.set_active(None if len(before) == len(model.experts) else before)
 
 
-def _losses(model: ComposedModel, streams: dict[str, Stream], output: Any) -> dict[str, list[float | None]]:
-    """Cross-entropy of each token of each stream that the model predicts, in nats."""
+def token_losses(model: ComposedModel, streams: dict[str, Stream], output: Any) -> dict[str, list[float | None]]:
+    """Cross-entropy of each token of each stream that the model predicts, in nats; empty where it predicts none."""
     if "target" in streams:
         ids, logits, first = streams["target"].ids, output.logits[0], []
     elif "text" in streams and _predicts_next(model.backbone) and len(streams["text"].ids) > 1:
@@ -214,8 +214,8 @@ def _acting(experts: Sequence[str], weights: Sequence[float], contributions: Seq
     ]
 
 
-def _described(model: ComposedModel) -> dict[str, Any]:
+def described(model: ComposedModel) -> dict[str, Any]:
     """The composition as it is recorded, without the experts' lists of sites."""
-    described = asdict(model.composition)
-    described["experts"] = [{k: v for k, v in dict(card).items() if k != "sites"} for card in described["experts"]]
-    return described
+    found = asdict(model.composition)
+    found["experts"] = [{k: v for k, v in dict(card).items() if k != "sites"} for card in found["experts"]]
+    return found

@@ -9,15 +9,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mixwright.ops.huge_pages import advise, on_huge_pages
 from mixwright.ops.neuron import Activation, Gradient, combine_neurons
 
 
 class AbstractTable(nn.Module, ABC):
-    """`num_experts` experts of `parts` rows (1: value; 2: in, out; 3: in, gate, out) of `width` numbers each."""
+    """`num_experts` experts of `parts` rows (1: value; 2: in, out; 3: in, gate, out) of `width` numbers each.
+
+    `collective`: several processes hold it, so that all of them must call it equally often, be it without tokens.
+    """
 
     num_experts: int
     parts: int
     width: int
+    collective: bool = False
 
     @abstractmethod
     def forward(
@@ -55,7 +60,7 @@ class NeuronTable(AbstractTable):
                 f"({rows.shape[0]}, {rows.shape[1] - 1})."
             )
         self.num_experts, self.parts, self.width = rows.shape
-        self.rows = nn.Parameter(rows)
+        self.rows = nn.Parameter(advise(rows, collapse=True))
         self.bias = None if bias is None else nn.Parameter(bias)
         self.gradient: Gradient = "dense"
         self.before_read: list[Callable[[Tensor], None]] = []
@@ -95,7 +100,7 @@ class NeuronTable(AbstractTable):
     @torch.no_grad()
     def append(self, rows: Float[Tensor, "new parts width"], bias: Tensor | None = None) -> None:
         """More experts after the last: ids stay valid, the parameters stay the same objects, gradients are dropped."""
-        self.rows.data = torch.cat([self.rows.data, rows.to(self.rows)])
+        self.rows.data = advise(torch.cat([self.rows.data, rows.to(self.rows)]), collapse=True)
         self.rows.grad = None
         if self.bias is not None:
             more = self.bias.new_zeros(len(rows), self.parts - 1) if bias is None else bias.to(self.bias)
@@ -104,6 +109,12 @@ class NeuronTable(AbstractTable):
         if self.frozen is not None:
             self.frozen = torch.cat([self.frozen, self.frozen.new_zeros(len(rows))])
         self.num_experts += len(rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronTable":
+        """Rows that move stay on huge pages."""
+        super()._apply(fn, recurse)
+        advise(self.rows.data, collapse=True)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """What growth added is taken over from the state: rows, and the buffers about them."""
@@ -147,7 +158,7 @@ def initial_rows(
     num_experts: int, parts: int, width: int, out_std: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "experts parts width"]:
     """Rows in and gate ~ N(0, 1 / width), so that <u, x> has the size of x's entries; rows out ~ N(0, out_std^2)."""
-    rows = torch.empty(num_experts, parts, width)
+    rows = on_huge_pages((num_experts, parts, width))
     rows.normal_(std=width**-0.5, generator=generator)
     rows[:, -1].mul_(out_std * width**0.5)
     return rows

@@ -25,8 +25,10 @@ from torch import Tensor
 SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
-SOURCES = tuple(NATIVE / name for name in ("lora.c", "tensor_product.c"))
-HEADERS = tuple(NATIVE / name for name in ("turn.h",))
+SOURCES = tuple(NATIVE / name for name in (
+    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c",
+))  # fmt: skip
+HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h"))
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ class Kernels(NamedTuple):
     add_lora: Callable[..., int]
     build: Callable[..., None]
     build_backward: Callable[..., None]
+    neurons: Callable[..., int]
+    neurons_backward: Callable[..., None]
+    sort_pairs: Callable[..., int]
+    neurons_rows: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -49,9 +55,13 @@ _ARGUMENTS = {
     "add_lora": "p" * 7 + "i" * 6 + "pp",
     "build": "p" * 6 + "i" * 9,
     "build_backward": "p" * 11 + "i" * 9,
+    "neurons": "p" * 8 + "i" * 8,
+    "neurons_backward": "p" * 10 + "i" * 8,
+    "sort_pairs": "p" * 5 + "i" * 2,
+    "neurons_rows": "p" * 8 + "i" * 6,
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
-_RETURNS = {"add_lora": ctypes.c_int}
+_RETURNS = {"add_lora": ctypes.c_int, "neurons": ctypes.c_int, "sort_pairs": ctypes.c_int64}
 """What they return, where it is not nothing."""
 
 

@@ -1,65 +1,32 @@
-"""Sums over retrieved single-neuron experts: y = sum_k w_k act(<u_k, x>) v_k (He 2024, equations 2 and 6).
+"""Sums over retrieved single-neuron experts by the fastest path at hand: y = sum_k w_k act(<u_k, x>) v_k.
 
-The rows of an expert lie side by side in one table `(experts, parts, width)`. Parts 1: v, a memory of values. Parts 2:
-u and v, a neuron. Parts 3: u, g and v, a gated neuron w act(<g, x>) <u, x> v.
+He 2024, equations 2 and 6. `neurons_reference` is the specification; `ops/neuron_kernel.py` is the compiled path,
+`ops/neuron_plain.py` torch's own; where the table is so small that multiplying all of it is cheaper than looking for
+the retrieved part, that is done.
 """
 
-from collections.abc import Callable
-from typing import Literal
+import logging
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"]
-ACTIVATIONS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "relu", "silu", "relu_squared")
-Gradient = Literal["dense", "compact", "auto"]
+from mixwright.ops import kernels
+from mixwright.ops.neuron_gradients import AbstractPasses, combine
+from mixwright.ops.neuron_kernel import CompiledPasses, fits
+from mixwright.ops.neuron_plain import PlainPasses, neurons_by_matmul
+from mixwright.ops.neuron_reference import ACTIVATIONS as ACTIVATIONS
+from mixwright.ops.neuron_reference import Activation as Activation
+from mixwright.ops.neuron_reference import Gradient as Gradient
+from mixwright.ops.neuron_reference import activate as activate
+from mixwright.ops.neuron_reference import neuron_activations as neuron_activations
+from mixwright.ops.neuron_reference import neurons_reference as neurons_reference
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "relu_squared": lambda x: functional.relu(x).square(),
-}
+DENSE_BELOW = 2
+"""Experts per retrieved one below which the whole table is multiplied."""
 
-
-def neuron_activations(
-    x: Float[Tensor, "tokens width"],
-    rows: Float[Tensor, "experts parts width"],
-    indices: Int[Tensor, "tokens k"],
-    activation: Activation,
-    bias: Float[Tensor, "experts inputs"] | None = None,
-) -> Float[Tensor, "tokens k"]:
-    """What each retrieved neuron says before its weight: act(<u, x> + b); 1 for a memory of values."""
-    parts = rows.shape[1]
-    if parts == 1:
-        return x.new_ones(indices.shape)
-    before = torch.einsum("td,tkpd->tkp", x, rows[indices, : parts - 1].to(x.dtype))
-    if bias is not None:
-        before = before + bias[indices].to(x.dtype)
-    return activate(before, activation)
-
-
-def activate(before: Float[Tensor, "*batch inputs"], activation: Activation) -> Float[Tensor, "*batch"]:
-    """act(before_0), or of a gated neuron act(before_1) before_0."""
-    if before.shape[-1] == 1:
-        return _FUNCTIONS[activation](before[..., 0])
-    return _FUNCTIONS[activation](before[..., 1]) * before[..., 0]
-
-
-def neurons_reference(
-    x: Float[Tensor, "tokens width"],
-    rows: Float[Tensor, "experts parts width"],
-    weights: Float[Tensor, "tokens k"],
-    indices: Int[Tensor, "tokens k"],
-    activation: Activation,
-    bias: Float[Tensor, "experts inputs"] | None = None,
-) -> Float[Tensor, "tokens width"]:
-    """The sum as it is written, gathering every row."""
-    hidden = neuron_activations(x, rows, indices, activation, bias) * weights.to(x.dtype)
-    return torch.einsum("tk,tkd->td", hidden, rows[indices, -1].to(x.dtype))
+logger = logging.getLogger(__name__)
 
 
 def combine_neurons(
@@ -72,6 +39,51 @@ def combine_neurons(
     *,
     gradient: Gradient = "dense",
 ) -> Float[Tensor, "tokens width"]:
-    """The same sum by the fastest path at hand."""
-    del gradient
-    return neurons_reference(x, rows, weights, indices, activation, bias)
+    """`neurons_reference` without its memory; the fastest path that takes these tensors.
+
+    `gradient`: what `rows` get in the backward pass. `compact`: a coalesced sparse tensor of the rows that act, its ids
+    ascending. `auto`: compact below half of the rows. Pairs of weight 0 don't act. bfloat16 rows are summed in float32.
+    """
+    if not _simple(x, rows, weights, indices, bias):
+        return neurons_reference(x, rows, weights, indices, activation, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _combine(x, rows, weights, indices, activation, bias, gradient)
+    return _combine(x, rows, weights, indices, activation, bias, gradient)
+
+
+def _combine(
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    activation: Activation,
+    bias: Tensor | None,
+    gradient: Gradient,
+) -> Tensor:
+    dense = gradient == "dense" or not (torch.is_grad_enabled() and rows.requires_grad)
+    if dense and rows.shape[0] < DENSE_BELOW * indices.shape[1] and len(x) >= 8:
+        return neurons_by_matmul(x, rows, weights, indices, activation, bias)
+    return combine(_passes(x, rows, bias), x, rows, weights, indices, activation, bias, gradient)
+
+
+def _passes(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:
+    if fits(x, rows, bias):
+        native = kernels.kernel()
+        if native is not None:
+            return CompiledPasses(native)
+        _say_plain(kernels.status())
+    return PlainPasses()
+
+
+@cache  # said once in a process for each reason
+def _say_plain(status: str) -> None:
+    logger.warning("PEER's experts run without their compiled kernel, several times slower: %s", status)
+
+
+def _simple(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors as they come, with something in them."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.numel() and t.device.type != "meta" for t in given)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from mixwright.evaluation.explain import ActingExpert, ExplainedToken, Explanation
+from mixwright.evaluation.neuron_text import NeuronToken
 from mixwright.report.markup import escape, tag, visible
 from mixwright.report.palette import Look
 
@@ -50,7 +51,7 @@ def _token(
     looks: Mapping[str, Look],
     styles: Mapping[str, str],
 ) -> str:
-    classes = ["tok", styles.get(token.leader or "", "none"), *_kind(token), *_gain(token)]
+    classes = ["tok", styles.get(token.leader or "", "none"), *kind_of(token), *_gain(token)]
     sign = None
     if leads and token.leader is not None:
         classes.append("first")
@@ -59,7 +60,7 @@ def _token(
     tip = tag("span", *_tip(explanation, token, looks, styles), class_="tip", role="tooltip", id=f"t{place}")
     return tag(
         "span",
-        _marked(token.text),
+        marked(token.text),
         tip,
         class_=" ".join(classes),
         tabindex="0",
@@ -69,13 +70,14 @@ def _token(
     )
 
 
-def _marked(text: str) -> str:
+def marked(text: str) -> str:
     """The token's slice; line feeds and tabs are wrapped so that the style sheet can draw a sign before them."""
     marked = escape(text).replace("\t", '<span class="tab">\t</span>')
     return marked.replace("\n", '<span class="feed">\n</span>')
 
 
-def _kind(token: ExplainedToken) -> list[str]:
+def kind_of(token: ExplainedToken | NeuronToken) -> list[str]:
+    """Style classes of tokens that show nothing by themselves."""
     if token.special:
         return ["special"]
     if not token.text:
@@ -86,13 +88,13 @@ def _kind(token: ExplainedToken) -> list[str]:
 def _gain(token: ExplainedToken) -> list[str]:
     """Classes for the two loss views: what the experts saved on this token, and what the left-out one did."""
     return [
-        f"{view}{_step(other - token.loss)}"
+        f"{view}{gain_step(other - token.loss)}"
         for view, other in (("g", token.loss_backbone), ("w", token.loss_without))
         if token.loss is not None and other is not None
     ]
 
 
-def _step(gain: float) -> str:
+def gain_step(gain: float) -> str:
     """`p0` to `p3` for a gain, `m1` to `m3` for a loss."""
     size = sum(abs(gain) >= edge for edge in GAINS)
     return f"{'p' if gain >= 0 or size == 0 else 'm'}{size}"
@@ -111,14 +113,15 @@ def _tip(
     if token.loss_without is not None:
         facts.append(f"without {explanation.without} {token.loss_without:.2f}")
     return [
-        tag("span", tag("bdi", escape(_name(token))), class_="tip-head"),
+        tag("span", tag("bdi", escape(shown_name(token.text, token.token))), class_="tip-head"),
         tag("span", rows, class_="tip-rows"),
         tag("span", *(tag("span", escape(fact)) for fact in facts), class_="tip-facts"),
     ]
 
 
-def _name(token: ExplainedToken) -> str:
-    text = visible(token.text) or token.token
+def shown_name(text: str, token: str) -> str:
+    """A token in one short line, its blanks and breaks drawn as signs."""
+    text = visible(text) or token
     text = text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u21e5")
     return text if len(text) <= 40 else text[:39] + "\u2026"
 

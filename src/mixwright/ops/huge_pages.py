@@ -1,0 +1,55 @@
+"""Memory on huge pages: rows read in random order miss the processor's page table less often, which is 1.2x to 1.5x.
+
+Linux gives such pages to whoever asks (`madvise`), before the memory is written for the first time. Where that can't be
+had, the memory is as any other.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+SIZE = 1 << 21
+COLLAPSE = 25
+"""MADV_COLLAPSE of Linux 6.1: move what is there already, now."""
+
+
+def on_huge_pages(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """An empty tensor in memory of this machine, on huge pages where it is large enough and they are to be had."""
+    return advise(torch.empty(*shape, dtype=dtype))
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`, but memory that nobody writes to is never touched; on huge pages."""
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    if device.type != "cpu" or size < SIZE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return advise(torch.frombuffer(held, dtype=dtype, count=count).view(*shape))
+
+
+def advise(tensor: Tensor, *, collapse: bool = False) -> Tensor:
+    """Ask for huge pages under `tensor`; with `collapse` for what it holds already too, which copies it once."""
+    madvise, huge = _madvise(), getattr(mmap, "MADV_HUGEPAGE", None)
+    if madvise is None or huge is None or tensor.device.type != "cpu" or type(tensor.data) is not Tensor:
+        return tensor
+    start = -(-tensor.data_ptr() // SIZE) * SIZE
+    size = (tensor.data_ptr() + tensor.nbytes - start) // SIZE * SIZE
+    if size > 0:
+        for advice in (huge, COLLAPSE) if collapse else (huge,):
+            madvise(start, size, advice)
+    return tensor
+
+
+@cache  # of the C library that the process has
+def _madvise() -> Callable[[int, int, int], int] | None:
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
