@@ -50,9 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--active", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--tuned", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--steps", type=int, default=700, help="of the models' own training")
-    parser.add_argument("--fit-steps", type=int, default=200)
-    parser.add_argument("--tune-steps", type=int, default=100)
-    parser.add_argument("--windows", type=int, default=128, help="held out, of 128 bytes each")
+    parser.add_argument("--fit-steps", type=int, default=120)
+    parser.add_argument("--tune-steps", type=int, default=50)
+    parser.add_argument("--windows", type=int, default=64, help="held out, of 128 bytes each")
     parser.add_argument("--keep-active", type=int, default=32, help="retrieved while the dense branch shrinks")
     parser.add_argument("--report", action="store_true", help="print the tables of the JSON")
     return parser.parse_args()
@@ -92,13 +92,6 @@ def random(k: int) -> Choice:
     draw = torch.Generator().manual_seed(0)
     return lambda _, importance, x: marks(
         importance, torch.rand(importance.shape, generator=draw).topk(k, -1).indices
-    )
-
-
-def same(k: int, useful: dict[int, Tensor]) -> Choice:
-    """The k that matter most on average, on every token: what pruning would leave."""
-    return lambda neurons, importance, x: marks(
-        importance, useful[neurons.rows.data_ptr()][:k].expand(*importance.shape[:-1], k)
     )
 
 
@@ -219,24 +212,12 @@ def logits_gap(composed: Any, batch: Tensor) -> float:
 
 
 def by_rows(model: nn.Module, args: argparse.Namespace, texts: Any, test: list[Tensor]) -> dict[str, float]:
-    """The near-square grid with neurons clustered by their rows in, and in their own order, at one k."""
-    from mixwright.methods.peer import conversion
-
-    k, found, plain = args.active[len(args.active) // 2], {}, conversion._profiles
-    try:
-        for name, alike in (
-            ("rows in", lambda neurons, _: neurons.rows[:, -2]),
-            ("random", lambda neurons, _: torch.randn(len(neurons), 8, generator=torch.Generator().manual_seed(0))),
-        ):
-            conversion._profiles = alike
-            steps = Conversion(model, texts, top_k=k)
-            recalls = steps.fit_keys(args.fit_steps)
-            found[name] = {"k": k, "loss": held_out(steps.take_over(), test)}
-            found[name]["recall"] = mean([r.recall for r in recalls.values()])
-            steps.model.remove()
-    finally:
-        conversion._profiles = plain
-    return found
+    """The near-square grid at one k with neurons clustered by their rows in, not by the tokens on which they matter."""
+    steps = Conversion(model, texts, top_k=args.active[len(args.active) // 2], cluster="rows")
+    recalls = steps.fit_keys(args.fit_steps)
+    found: dict[str, float] = {"k": args.active[len(args.active) // 2], "loss": held_out(steps.take_over(), test)}
+    steps.model.remove()
+    return found | {"recall": mean([r.recall for r in recalls.values()])}
 
 
 def shrinking(model: nn.Module, args: argparse.Namespace, texts: Any, test: list[Tensor]) -> list[dict[str, float]]:
@@ -274,12 +255,8 @@ def report(result: dict[str, Any]) -> str:
         parts.append(
             "Retrieval costs "
             + ", ".join(f"{cost:.0%} of the dense layer's multiply-adds ({name})" for name, cost in costs.items())
-            + ". "
-            + "; ".join(
-                f"clustered by {name} at k {at['k']}: loss {at['loss']:.3f}, recall {at['recall']:.2f}"
-                for name, at in found["rows_in"].items()
-            )
-            + ".\n"
+            + f". On the near-square grid with neurons clustered by their rows in: loss {found['rows_in']['loss']:.3f}, "
+            f"recall {found['rows_in']['recall']:.2f} at k {found['rows_in']['k']}.\n"
         )
         kept = found["kept"]
         shown = [["loss", *(f"{step['loss']:.3f}" for step in kept)]]

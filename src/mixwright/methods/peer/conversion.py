@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ class _Layer:
 class Conversion:
     """A backbone on its way: `model` is what it is at the moment. See `convert` for what is given.
 
-    At first experts stand beside every layer and say nothing, so that the model is its backbone to the bit.
+    At first experts stand beside every layer and say nothing, so that the model is its backbone to the bit. `cluster`:
+    neurons share sub-keys if they matter on the same calibration tokens or, as where there are none, if their rows in
+    point the same way.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Conversion:
         grid: tuple[int, int] | None = None,
         dim_key: int = 64,
         gate: GateName = "one",
+        cluster: Literal["activity", "rows"] = "activity",
         tokens: int = 16384,
         seed: int = 0,
     ) -> None:
@@ -82,7 +85,7 @@ class Conversion:
         options: dict[str, Any] = {"top_k": active, "grid": grid, "dim_key": dim_key, "gate": gate, "seed": seed}
         self.seed = seed
         self.layers = {
-            path: _layer(chosen[path], neurons, inputs.get(path), options) for path, neurons in read.items()
+            path: _layer(chosen[path], neurons, inputs.get(path), options, cluster) for path, neurons in read.items()
         }
         grids = [layer.router.grid for layer in self.layers.values()]
         self._settings = PeerConfig(
@@ -231,8 +234,8 @@ def convert(
     return steps.take_over()
 
 
-def _layer(place: Place, read: Neurons, inputs: Tensor | None, options: dict[str, Any]) -> _Layer:
-    profiles = None if inputs is None else _profiles(read, inputs)
+def _layer(place: Place, read: Neurons, inputs: Tensor | None, options: dict[str, Any], cluster: str) -> _Layer:
+    profiles = None if inputs is None or cluster == "rows" else _profiles(read, inputs)
     router, experts, cells = converted(read, alike=profiles, **options)
     neurons = read.arranged(cells, router.num_experts)
     if inputs is None:
