@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
     from mixwright.methods.peer.layer import PEER
     from mixwright.routing import Condition, Routing, SupportSet
+    from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,11 @@ __all__ = [
     "ComposedModel",
     "Condition",
     "IncompatibleExpert",
+    "LazyAdamW",
     "MissingExtra",
     "PEER",
     "Routing",
+    "RowwiseAdagrad",
     "SupportSet",
     "__version__",
     "compose",
@@ -43,9 +46,11 @@ _HOMES = {
     "ComposedModel": "composition.model",
     "Condition": "routing",
     "IncompatibleExpert": "errors",
+    "LazyAdamW": "training.row_optimizers",
     "MissingExtra": "errors",
     "PEER": "methods.peer.layer",
     "Routing": "routing",
+    "RowwiseAdagrad": "training.row_optimizers",
     "SupportSet": "routing",
     "compose": "api",
     "evaluate": "api",

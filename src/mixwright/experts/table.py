@@ -98,6 +98,23 @@ class NeuronTable(AbstractTable):
         return self.rows[ids], None if self.bias is None else self.bias[ids]
 
     @torch.no_grad()
+    def catch_up(self) -> None:
+        """Have every row as it would be read now: before all are copied or saved, or some written to from outside."""
+        if self.before_read:
+            ids = torch.arange(self.num_experts, device=self.rows.device)
+            for read in self.before_read:
+                read(ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is of rows as they would be read, and nobody follows it."""
+        self.catch_up()
+        return {**self.__dict__, "before_read": []}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.catch_up()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    @torch.no_grad()
     def append(self, rows: Float[Tensor, "new parts width"], bias: Tensor | None = None) -> None:
         """More experts after the last: ids stay valid, the parameters stay the same objects, gradients are dropped."""
         self.rows.data = advise(torch.cat([self.rows.data, rows.to(self.rows)]), collapse=True)
@@ -118,6 +135,7 @@ class NeuronTable(AbstractTable):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """What growth added is taken over from the state: rows, and the buffers about them."""
+        self.catch_up()
         held = state_dict.get(f"{prefix}rows")
         if isinstance(held, Tensor) and held.shape[1:] == self.rows.shape[1:] and len(held) > self.num_experts:
             self.append(self.rows.new_zeros(len(held) - self.num_experts, self.parts, self.width))

@@ -26,10 +26,10 @@ SETTING = "MIXWRIGHT_KERNELS"
 SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
 SOURCES = tuple(NATIVE / name for name in (
-    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c",
+    "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c", "row_update.c",
 ))  # fmt: skip
 HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h"))
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ class Kernels(NamedTuple):
     neurons_backward: Callable[..., None]
     sort_pairs: Callable[..., int]
     neurons_rows: Callable[..., None]
+    lagging_rows: Callable[..., int]
+    adamw_rows: Callable[..., None]
+    replay_rows: Callable[..., None]
+    adagrad_rows: Callable[..., None]
+    decay_rows: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -59,9 +64,19 @@ _ARGUMENTS = {
     "neurons_backward": "p" * 10 + "i" * 8,
     "sort_pairs": "p" * 5 + "i" * 2,
     "neurons_rows": "p" * 8 + "i" * 6,
+    "lagging_rows": "ppiiippp",
+    "adamw_rows": "p" * 5 + "iii" + "f" * 7 + "i",
+    "replay_rows": "p" * 5 + "iii" + "p" * 5 + "ifi",
+    "adagrad_rows": "p" * 4 + "iiii" + "fff" + "i",
+    "decay_rows": "ppp" + "iiii",
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
-_RETURNS = {"add_lora": ctypes.c_int, "neurons": ctypes.c_int, "sort_pairs": ctypes.c_int64}
+_RETURNS = {
+    "add_lora": ctypes.c_int,
+    "neurons": ctypes.c_int,
+    "sort_pairs": ctypes.c_int64,
+    "lagging_rows": ctypes.c_int64,
+}
 """What they return, where it is not nothing."""
 
 

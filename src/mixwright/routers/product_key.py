@@ -26,8 +26,9 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     `ablated` `(num_experts,)`: experts that are passed over, the next best in their places; None: nobody.
     `half_top_k`: only so many sub-keys of each half are candidates, where that is fewer than `top_k`. `separate_heads`:
     head h has experts of its own, whose ids begin at h * n1 * n2. Scores and gates are float32 or wider, under
-    autocast too. `extra_gate` `(heads,)`: see `methods/peer/growth.py`. `always`: ids of experts that act on every
-    token with a gate of 1, beside those that the first head finds; they should be ablated, or they may act twice.
+    autocast too. `frozen_first`: so many leading sub-keys get no gradient. `extra`, `extra_gate`: slots of their
+    own for sub-keys that were added, see `methods/peer/growth.py`. `always`: ids of experts that act on every token
+    with a gate of 1, beside those that the first head finds; ablate them, or they may act twice.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.queries = nn.Linear(d_in, heads * dim_key, bias=query_bias)
         self.norm = make_query_norm(query_norm, heads, dim_key)
         key_heads, half = 1 if share_keys else heads, dim_key // 2
+        self.frozen_first = 0
         self.norm_first, self.norm_second = make_key_norm(key_norm, half), make_key_norm(key_norm, half)
         self.keys_first = nn.Parameter(torch.empty(key_heads, self.grid[0], half))
         self.keys_second = nn.Parameter(torch.empty(key_heads, self.grid[1], half))
@@ -74,7 +76,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.always: Int[Tensor, " always"] | None
         self.register_buffer("always", None)
         self.register_parameter("extra_gate", None)
-        self._open: tuple[Any, int] | None = None
+        self._open: tuple[Tensor, int | None, int] | None = None
 
     @property
     def extra_slots(self) -> tuple[int, int] | None:
@@ -131,6 +133,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     def _keys(self) -> tuple[Tensor, Tensor]:
         """The sub-keys as they are compared."""
         first, second = wide(self.keys_first), wide(self.keys_second)
+        if self.frozen_first and torch.is_grad_enabled():
+            first = torch.cat([first[:, : self.frozen_first].detach(), first[:, self.frozen_first :]], 1)
         return (
             first if self.norm_first is None else self.norm_first(first),
             second if self.norm_second is None else self.norm_second(second),
@@ -149,12 +153,11 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
             return int(self.extra[0])
         if torch.compiler.is_compiling():
             return self.grid[0]
-        bias = self.bias_first
-        key = (id(bias), version(bias))
-        if self._open is None or self._open[0] != key or key[1] is None:
+        bias, seen = self.bias_first, self._open
+        if seen is None or seen[0] is not bias or seen[1] is None or seen[1] != version(bias):
             kept = (bias > -torch.inf).any(0).nonzero()
-            self._open = (key, int(kept[-1]) + 1 if len(kept) else self.grid[0])
-        return self._open[1]
+            seen = self._open = (bias, version(bias), int(kept[-1]) + 1 if len(kept) else self.grid[0])
+        return seen[2]
 
     @torch.no_grad()
     def _search(self, queries: Tensor, first: Tensor, second: Tensor, k: int, *, detail: bool) -> "_Found":
@@ -231,7 +234,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         """What growth and ablation added is taken over from the state, more sub-keys on the first axis included."""
         keys = state_dict.get(f"{prefix}keys_first")
         if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
-            self.widen(keys.shape[1] - self.grid[0])
+            self.widen(self.keys_first.new_zeros(keys.shape[0], keys.shape[1] - self.grid[0], keys.shape[2]))
         for name in ("ablated", "extra", "always"):
             held = state_dict.get(f"{prefix}{name}")
             if isinstance(held, Tensor) and getattr(self, name) is None:
@@ -241,13 +244,10 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
-    def widen(self, sub_keys: int) -> None:
-        """Room for more sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
-        keys, bias = self.keys_first, self.bias_first
-        drawn = torch.empty(keys.shape[0], sub_keys, keys.shape[2]).uniform_(
-            -(keys.shape[2] ** -0.5), keys.shape[2] ** -0.5
-        )
-        keys.data = torch.cat([keys.data, drawn.to(keys)], 1)
+    def widen(self, more: Float[Tensor, "key_heads new half"]) -> None:
+        """More sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
+        keys, bias, sub_keys = self.keys_first, self.bias_first, more.shape[1]
+        keys.data = torch.cat([keys.data, more.to(keys)], 1)
         keys.grad = None
         self.bias_first = torch.cat([bias, bias.new_full((bias.shape[0], sub_keys), -torch.inf)], 1)
         self.grid = (self.grid[0] + sub_keys, self.grid[1])
