@@ -90,9 +90,7 @@ def oracle(k: int) -> Choice:
 def random(k: int) -> Choice:
     """Any k."""
     draw = torch.Generator().manual_seed(0)
-    return lambda _, importance, x: marks(
-        importance, torch.rand(importance.shape, generator=draw).topk(k, -1).indices
-    )
+    return lambda _, importance, x: marks(importance, torch.rand(importance.shape, generator=draw).topk(k, -1).indices)
 
 
 def marks(like: Tensor, ids: Tensor) -> Tensor:
@@ -146,7 +144,9 @@ def measure_kind(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     first = next(model.get_submodule(path) for path in feed_forward_paths(model))
     neurons = read_neurons(first)
     found: dict[str, Any] = {"neurons": len(neurons), "layers": len(feed_forward_paths(model)), "dense": whole}
-    curves: dict[str, dict[int, float]] = {name: {} for name in ("oracle", SQUARE, FLAT, *TUNED.values(), "same", "random")}
+    curves: dict[str, dict[int, float]] = {
+        name: {} for name in ("oracle", SQUARE, FLAT, *TUNED.values(), "same", "random")
+    }
     retrieval: dict[str, dict[int, Any]] = {SQUARE: {}, FLAT: {}}
     exact = Conversion(model).take_over()
     found["all_neurons"] = held_out(exact, test)
@@ -255,7 +255,7 @@ def report(result: dict[str, Any]) -> str:
         parts.append(
             "Retrieval costs "
             + ", ".join(f"{cost:.0%} of the dense layer's multiply-adds ({name})" for name, cost in costs.items())
-            + f". On the near-square grid with neurons clustered by their rows in: loss {found['rows_in']['loss']:.3f}, "
+            + f". On the near-square grid, neurons clustered by their rows in: loss {found['rows_in']['loss']:.3f}, "
             f"recall {found['rows_in']['recall']:.2f} at k {found['rows_in']['k']}.\n"
         )
         kept = found["kept"]

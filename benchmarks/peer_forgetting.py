@@ -4,15 +4,16 @@
     python -m benchmarks.peer_forgetting --report
 
 A byte-level Llama of three layers, the middle one's feed-forward a PEER layer of 32 x 32 experts, is trained on
-WikiText-2's small files (A) and kept under --cache. Then it is adapted to tinyshakespeare (B): by growth (8 x 32 experts
-more in slots of their own, or let in among the others; all that was there is frozen), by LoRA of as many trainable
-parameters, and by tuning everything. Each has its learning rate chosen on B's validation text, with the first seed.
+WikiText-2's small files (A) and kept under --cache. Then it is adapted to tinyshakespeare (B): by growth (8 x 32
+experts more in slots of their own, or let in among the others; all that was there is frozen), by LoRA of as many
+trainable parameters, and by tuning everything. Each has its learning rate chosen on B's validation text, with the
+first seed.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def fresh(seed: int) -> nn.Module:
 def trained(args: argparse.Namespace, seed: int) -> nn.Module:
     model = fresh(seed)
     draw = batches(wikitext(args.data)[0], ROWS, seed + 1, CONTEXT)
-    return kept(args.cache / f"forgetting-{args.steps}-{seed}.safetensors", model, lambda: train(model, draw, args.steps))
+    return kept(
+        args.cache / f"forgetting-{args.steps}-{seed}.safetensors", model, lambda: train(model, draw, args.steps)
+    )
 
 
 def layer_of(model: nn.Module) -> Any:
@@ -137,7 +140,7 @@ def adapt(method: str, rate: float, args: argparse.Namespace, seed: int) -> dict
         found["old_rows_the_same"] = unchanged(layer, old)
         put_out(layer)
         found["first_without_the_new"] = held_out(model, first)
-    print(f"seed {seed} {method} at {rate}: {({k: v for k, v in found.items() if k != 'path'})}", flush=True)
+    print(f"seed {seed} {method} at {rate}: { ({k: v for k, v in found.items() if k != 'path'}) }", flush=True)
     return found
 
 
@@ -163,7 +166,7 @@ def put_out(layer: Any) -> None:
 def domains(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Held-out text of the first domain and of the second, and text of the second to choose on."""
     (_, _, first), (_, choose, second) = wikitext(args.data), plays(args.data)
-    cut: Callable[[Tensor, int], list[Tensor]] = lambda text, count: windows(text, count, CONTEXT, 64)
+    cut = partial(windows, context=CONTEXT, rows=64)
     return cut(first, args.windows), cut(second, args.windows), cut(choose, args.windows // 2)
 
 

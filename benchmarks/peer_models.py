@@ -1,4 +1,4 @@
-"""Small byte-level language models, trained here once and kept, and the text they read: what PEER's benchmarks share."""
+"""Small byte-level language models, trained once and kept, and the text they read: what PEER's benchmarks share."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +83,9 @@ def feed_forward_paths(model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith(".mlp")]
 
 
-def train(model: nn.Module, draw: Iterator[Tensor], steps: int, loss: Callable[[Any, Tensor], Tensor] = loss_of) -> None:
+def train(
+    model: nn.Module, draw: Iterator[Tensor], steps: int, loss: Callable[[Any, Tensor], Tensor] = loss_of
+) -> None:
     """Muon for the matrices inside the blocks, AdamW for the rest; warm-up, then a cosine to a fiftieth."""
     inside = [p for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and (p.dim() != 2 or "embed" in n)]

@@ -1,4 +1,4 @@
-"""Places for vectors on a grid so that those which lie close share a row or a column: balanced k-means on two levels."""
+"""Cells of a grid for vectors: those that lie close share a row or a column, by balanced k-means on two levels."""
 
 import math
 
@@ -18,12 +18,10 @@ def near_square(count: int, multiple: int = 1) -> tuple[int, int]:
     least = max(1, -(-side // 2))
     firsts = [n for n in range(least, 2 * side + 1) if n % multiple == 0] or [multiple]
     grids = [(n1, -(-count // n1)) for n1 in firsts]
-    return min(grids, key=lambda grid: (grid[0] * grid[1], abs(math.log(grid[0] / grid[1])), grid))
+    return min(grids, key=lambda grid: (grid[0] * grid[1], max(grid) / min(grid), grid))
 
 
-def balanced_assignment(
-    scores: Float[Tensor, "*batch items bins"], capacity: int
-) -> Int[Tensor, "*batch items"]:
+def balanced_assignment(scores: Float[Tensor, "*batch items bins"], capacity: int) -> Int[Tensor, "*batch items"]:
     """A bin for every item, at most `capacity` in each, such that no item and bin would both rather have each other.
 
     Items ask for bins from their best on; a full bin keeps those that score best (Gale and Shapley 1962).
@@ -43,9 +41,7 @@ def balanced_assignment(
         wishes = wishes.masked_fill(refused, -torch.inf)
 
 
-def clusters(
-    vectors: Float[Tensor, "items width"], bins: int, generator: torch.Generator
-) -> Int[Tensor, " items"]:
+def clusters(vectors: Float[Tensor, "items width"], bins: int, generator: torch.Generator) -> Int[Tensor, " items"]:
     """Balanced k-means by cosine: the cluster of each vector, none larger than the others but for the last few."""
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
     capacity = -(-len(unit) // bins)
@@ -98,8 +94,8 @@ def _padded(first: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
     """The items of each row, (n1, n2), and which of these entries are items."""
     members = torch.zeros(n1, n2, dtype=torch.long, device=first.device)
     present = torch.zeros(n1, n2, dtype=torch.bool, device=first.device)
-    order = first.argsort(stable=True)
-    rank = torch.arange(len(first), device=first.device) - (torch.bincount(first, minlength=n1).cumsum(0) - torch.bincount(first, minlength=n1))[first[order]]
+    order, counts = first.argsort(stable=True), torch.bincount(first, minlength=n1)
+    rank = torch.arange(len(first), device=first.device) - (counts.cumsum(0) - counts)[first[order]]
     members[first[order], rank] = order
     present[first[order], rank] = True
     return members, present

@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -110,12 +111,12 @@ class Conversion:
         While the layers still stand the model does not change. Raises ValueError without calibration text.
         """
         shift = 0.0 if self._settings.gate == "one" else ODDS
-        for path, layer in self.layers.items():
+        for layer in self.layers.values():
             if layer.inputs is None:
                 raise ValueError("data: there is no calibration text; give batches to learn the oracle's choice on.")
             mine = layer.inputs[torch.arange(len(layer.inputs)) % HELD_OUT != 0]
-            learn = {"steps": steps, "learning_rate": learning_rate, "seed": self.seed, "shift": shift}
-            fit_keys(layer.router, layer.neurons, mine, **learn)
+            learn = partial(fit_keys, steps=steps, learning_rate=learning_rate, seed=self.seed, shift=shift)
+            learn(layer.router, layer.neurons, mine)
         return self.found()
 
     def found(self) -> dict[str, Found]:

@@ -53,14 +53,14 @@ def neurons_of(experts: NeuronExperts, ids: Int[Tensor, " ids"] | None = None) -
     into, out_of = experts.project_in, experts.project_out
     inward, out = rows[:, :-1], rows[:, -1]
     if isinstance(into, nn.Linear):
-        if into.bias is not None:
+        if "bias" in dict(into.named_parameters()):
             shift = inward @ into.bias
             bias = shift if bias is None else bias + shift
         inward = inward @ into.weight
     out_bias = experts.out_bias
     if isinstance(out_of, nn.Linear):
         out = out @ out_of.weight.T
-        if out_of.bias is not None:
+        if "bias" in dict(out_of.named_parameters()):
             out_bias = out_of.bias if out_bias is None else out_of.bias + out_bias
     copied = (None if t is None else t.detach().clone() for t in (bias, out_bias))
     return Neurons(torch.cat([inward, out[:, None]], 1), experts.activation, *copied)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mixwright.methods.peer.neurons import Neurons
@@ -56,7 +56,6 @@ def start_keys(router: ProductKeyRouter, neurons: Neurons) -> None:
     means = wanted.mean(1)
     rest = (wanted - means[:, None]).mean(0) if n1 > 1 else wanted[0]
     means = means if n1 > 1 else torch.zeros_like(means)
-    assert router.queries.bias is not None
     weight, constant = router.queries.weight.view(2, half, -1), router.queries.bias.view(2, half)
     for axis, (keys, vectors) in enumerate(((router.keys_first, means), (router.keys_second, rest))):
         _, values, directions = torch.linalg.svd(vectors[:, :-1], full_matrices=False)
@@ -91,7 +90,7 @@ def fit_keys(
     _refuse_heads(router)
     if not len(inputs):
         raise ValueError("inputs: there are no tokens to learn from; expected some thousands.")
-    learned = [p for p in router.parameters()]
+    learned = list(router.parameters())
     asked = [p.requires_grad for p in learned]
     optimiser = torch.optim.Adam(learned, lr=learning_rate)
     draw = torch.Generator().manual_seed(seed)
@@ -158,7 +157,7 @@ def measure(router: ProductKeyRouter, neurons: Neurons, inputs: Float[Tensor, "t
 
 
 def _refuse_heads(router: ProductKeyRouter) -> None:
-    if router.heads != 1 or router.queries.bias is None or not isinstance(router.queries, nn.Linear):
+    if router.heads != 1 or "bias" not in dict(router.queries.named_parameters()):
         raise ValueError(
             f"the router has {router.heads} heads; keys are fitted to a feed-forward layer with one head, since two "
             "would count a neuron twice, and with query_bias=True, since neurons have thresholds."

@@ -1,6 +1,7 @@
 """The neurons of a feed-forward layer where it stands in a backbone, also where no module is the whole of it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def _sequences(backbone: nn.Module, place: Place) -> Iterator[list[Stage]]:
     block = backbone.get_submodule(shared)
     functions = [value for value in vars(block).values() if callable(value) and not isinstance(value, nn.Module)]
     modules = [child for child in block.children() if not list(child.parameters()) and not list(child.children())]
-    for between in (*modules, *(f for f in functions if _maps_tensors(f))):
+    between_them: list[Any] = [*modules, *(f for f in functions if _maps_tensors(f))]
+    for between in between_them:
         if not isinstance(between, nn.Dropout | nn.Identity):
             yield [first, between, second]
 
@@ -74,9 +76,14 @@ def _refuse_more(backbone: nn.Module, place: Place, found: Neurons) -> None:
     if inputs is None or limit is None:
         return
     seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        del module, args
+        seen.append(output)
+
     hooks = (
         backbone.get_submodule(place.entry).register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        backbone.get_submodule(place.path).register_forward_hook(lambda _, args, out: seen.append(out)),
+        backbone.get_submodule(place.path).register_forward_hook(keep),
     )
     try:
         with torch.no_grad(), eval_mode(backbone):
