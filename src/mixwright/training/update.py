@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
 from mixwright.recipe import TrainConfig
+from mixwright.routers.query_norm import AbstractQueryNorm
 from mixwright.training.checkpoint import Snapshot
 from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
 from mixwright.training.randomness import seed_pass
@@ -49,6 +50,9 @@ class Updater:
         self.parameters = {name: parameter for group in self.chosen for name, parameter in group.items()}
         self.sources = self._sources(data)
         self._set_trainable()
+        for module in model.modules():
+            if isinstance(module, AbstractQueryNorm):
+                module.accumulate = config.accumulate
         self.optimizers = make_optimizers(model, stage, self.chosen)
         self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.autocast is torch.float16)
@@ -81,7 +85,7 @@ class Updater:
         found = HeldOut(done, sum(by_task.values()) / len(by_task), by_task if self.validation.tasks else {})
         if self.best is None or math.isnan(self.best.loss) or found.loss <= self.best.loss:
             self.best = found
-            self.best_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
         return found
 
     def keep_best(self) -> HeldOut | None:
@@ -107,7 +111,7 @@ class Updater:
         """Where the run stands after `done` steps."""
         tensors, values = optimizer_state(self.optimizers)
         files: dict[str, Mapping[str, Tensor]] = {
-            "weights.safetensors": self.parameters,
+            "weights.safetensors": self._learned(),
             "optimizer.safetensors": tensors,
         }
         if self.best is not None:
@@ -136,8 +140,19 @@ class Updater:
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         """Through the parameters, not their `data`: whoever keeps what was built from them is told by their version."""
+        learned = self._learned()
         for name, tensor in weights.items():
-            self.parameters[name].copy_(tensor)
+            learned[name].copy_(tensor)
+
+    def _learned(self) -> dict[str, Tensor]:
+        """What training changes: the parameters, and what modules that learn measure, such as a norm's running mean."""
+        learning = {id(parameter) for parameter in self.parameters.values()}
+        return dict(self.parameters) | {
+            f"{path}.{name}": buffer
+            for path, module in self.model.named_modules()
+            if any(id(parameter) in learning for parameter in module.parameters(recurse=False))
+            for name, buffer in module.named_buffers(recurse=False)
+        }
 
     def _sources(self, data: Batches) -> dict[str, Batches]:
         splits = {group.split for group in self.stage.groups}
