@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mixwright.ops.product_key import ProductKeys, coverage, entropy, log_partition, product_key_top_k
-from mixwright.ops.selected_scores import selected_scores
+from mixwright.ops.product_key import coverage
+from mixwright.ops.route import Routed, route
 from mixwright.routers.base import WideBuffers
 from mixwright.routers.query_norm import KeyNormName, QueryNormName, known, make_key_norm, make_query_norm
 from mixwright.routers.remembered import version
@@ -15,7 +15,6 @@ from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_to
 from mixwright.routing import Condition
 
 GateName = Literal["softmax", "sigmoid", "relu", "renormalised", "one"]
-SCORE_BYTES = 1 << 20
 
 
 class ProductKeyRouter(WideBuffers, AbstractRetriever):
@@ -110,12 +109,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         with torch.autocast(flat.device.type, enabled=False):
             first, second = self._keys()
             best = self._search(flat, first, second, k, detail=detail)
-            scores = best.scores
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, first, second)):
-                local = best.indices - self._offset(best.indices) if self.separate_heads else best.indices
-                exact = selected_scores(flat, first, second, local)
-                scores = exact.masked_fill(best.scores == -torch.inf, -torch.inf)
-            gates, indices = self._gates(scores, k), best.indices
+            scores, gates, indices = best.scores, self._gates(best.scores, k), best.indices
             if self.always is not None:
                 scores, gates, indices = self._beside(self.always, scores, gates, indices)
             parts = (scores, gates, indices, *best[2:])
@@ -159,55 +153,41 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
             seen = self._open = (bias, version(bias), int(kept[-1]) + 1 if len(kept) else self.grid[0])
         return seen[2]
 
-    @torch.no_grad()
     def _search(self, queries: Tensor, first: Tensor, second: Tensor, k: int, *, detail: bool) -> "_Found":
-        """The best experts of each token and head, in pieces, so that never all scores lie in memory."""
-        bytes_each = self.heads * sum(self.grid) * queries.element_size()
-        piece = len(queries) if torch.compiler.is_compiling() else max(1, SCORE_BYTES // bytes_each)
-        found = [self._search_piece(part, first, second, k, detail) for part in queries.split(max(1, piece))]
-        if len(found) == 1:
-            return found[0]
-        return _Found(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
-
-    def _search_piece(self, queries: Tensor, first: Tensor, second: Tensor, k: int, detail: bool) -> "_Found":
-        one, two = self._half_scores(queries, first, second)
-        bias_one, bias_two = self.bias_first.to(one.dtype), self.bias_second.to(two.dtype)
-        slots = self.extra_slots
-        old = slice(None if slots is None else slots[0])
-        more = int(detail and k < one[..., old].shape[-1] * self.grid[1])
-        best = self._choose(one[..., old], two, bias_one[..., old], bias_two, k + more)
-        measures: tuple[Tensor | None, ...] = (None, None, None)
-        if detail:
-            measures = _measures(one[..., old], two, bias_one[..., old], bias_two, best.scores, k)
-            best = ProductKeys(best.scores[..., :k], best.indices[..., :k])
+        """The best experts of each token and head. New sub-keys, behind, are left off while nobody may choose them."""
+        slots, cut = self.extra_slots, self._settled()
+        if slots is None and k > cut * self.grid[1]:
+            cut = self.grid[0]
+        best = self._choose(queries, first, second, slice(cut), k, detail=detail)
         if slots is not None:
-            new = slice(slots[0], None)
-            added = self._choose(one[..., new], two, bias_one[..., new], bias_two, slots[1], slots[0] * self.grid[1])
-            best = ProductKeys(*(torch.cat(pair, -1) for pair in zip(best, added, strict=True)))
-        return _Found(best.scores, best.indices, *measures)
+            added = self._choose(queries, first, second, slice(cut, None), slots[1])
+            scores, indices = (torch.cat(pair, -1) for pair in zip(best[:2], added[:2], strict=True))
+            best = _Found(scores, indices, *best[2:])
+        return best
 
     def _choose(
-        self, first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, k: int, start: int = 0
-    ) -> ProductKeys:
-        """The k best with global ids; `start`: the id of the first expert of this part of the grid."""
-        if self.half_top_k is not None and self.half_top_k < k:
-            first_bias = first_bias + _only_best(first + first_bias, self.half_top_k)
-            second_bias = second_bias + _only_best(second + second_bias, self.half_top_k)
-        wanted, most = k, first.shape[-1] * second.shape[-1]
+        self, queries: Tensor, first: Tensor, second: Tensor, part: slice, k: int, *, detail: bool = False
+    ) -> "_Found":
+        """The k best with global ids among the experts of some sub-keys of the first axis."""
+        first, bias_first, bias_second = first[:, part], self.bias_first[:, part], self.bias_second
+        biases = [bias.to(queries.dtype) for bias in (bias_first, bias_second)]
+        most, start = first.shape[1] * second.shape[1], (part.start or 0) * second.shape[1]
+        wanted = min(k + detail, most)
         while True:
-            found = product_key_top_k(first, second, wanted, first_bias, second_bias)
+            found = route(queries, first, second, wanted, *biases, half_top_k=self.half_top_k, whole=detail)
             indices = found.indices + start
             if self.separate_heads:
                 indices = indices + self._offset(indices)
             if self.ablated is None:
-                return ProductKeys(found.scores, indices)
+                return _measured(found._replace(indices=indices), k)
             live = ~self.ablated[indices]
-            if wanted == most or bool((live.sum(-1) >= k).all()):
+            if wanted == most or bool((live.sum(-1) >= min(k + detail, most)).all()):
                 break
             wanted = min(most, 2 * wanted)
-        order = (~live).long().argsort(dim=-1, stable=True)[..., :k]
+        order = (~live).long().argsort(dim=-1, stable=True)[..., : k + detail]
         live, scores, indices = (t.gather(-1, order) for t in (live, found.scores, indices))
-        return ProductKeys(scores.masked_fill(~live, -torch.inf), torch.where(live, indices, indices[..., :1]))
+        indices = torch.where(live, indices, indices[..., :1])
+        return _measured(found._replace(scores=scores.masked_fill(~live, -torch.inf), indices=indices), k)
 
     def _offset(self, indices: Tensor) -> Tensor:
         """Where the ids of each head begin."""
@@ -293,21 +273,18 @@ def _gate(kind: GateName, scores: Tensor) -> Tensor:
     return gates.masked_fill(~possible, 0.0)
 
 
-def _only_best(scores: Tensor, m: int) -> Tensor:
-    """0 for the m best, -inf for the others."""
-    kept = scores.topk(min(m, scores.shape[-1]), -1).indices
-    return torch.full_like(scores, -torch.inf).scatter(-1, kept, 0.0)
+def _measured(found: Routed, k: int) -> _Found:
+    """The k best of what was found, with the measures where the sums for them are there.
 
-
-def _measures(
-    first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, scores: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coverage, entropy and margin, without sub-keys that are kept out; the margin is infinite where nobody is left."""
-    first = first.masked_fill(first_bias == -torch.inf, -torch.inf)
-    second = second.masked_fill(second_bias == -torch.inf, -torch.inf)
-    left = scores[..., k] if scores.shape[-1] > k else torch.full_like(scores[..., 0], -torch.inf)
-    margin = torch.where(left == -torch.inf, torch.inf, scores[..., k - 1] - left)
-    return coverage(scores[..., :k], log_partition(first, second)), entropy(first, second), margin
+    Sub-keys that are kept out do not count; the margin is infinite where nobody is left.
+    """
+    scores, indices = found.scores[..., :k], found.indices[..., :k]
+    if found.log_partition is None or found.entropy is None:
+        return _Found(scores, indices, None, None, None)
+    held = found.scores.detach()
+    left = held[..., k] if held.shape[-1] > k else torch.full_like(held[..., 0], -torch.inf)
+    margin = torch.where(left == -torch.inf, torch.inf, held[..., k - 1] - left)
+    return _Found(scores, indices, coverage(held[..., :k], found.log_partition), found.entropy, margin)
 
 
 def _check(d_in: int, grid: tuple[int, int], heads: int, top_k: int, dim_key: int, half_top_k: int | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mixwright as mw
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.methods.peer.growth import admit, freeze_present, grow, open_rows, origins, reserve_slots
 from mixwright.methods.peer.layer import PEER
@@ -182,6 +183,21 @@ def test_optimisers_with_a_past_grow_along_or_are_refused() -> None:
     stranger = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match="SGD holds no parameter of this layer that grows"):
         grow(made.router, made.experts, 2, optimizers=[stranger])
+
+
+@pytest.mark.parametrize("make", [mw.LazyAdamW, mw.RowwiseAdagrad])
+def test_our_optimisers_follow_growth_and_leave_frozen_rows(make: Callable[..., Any]) -> None:
+    made = layer()
+    optimizer = make(made, lr=0.01, weight_decay=0.1)
+    train(made, optimizer, 3)
+    grow(made.router, made.experts, 3, optimizers=[optimizer], zero_out=False)
+    admit(made.router, made.experts, 0.999)
+    freeze_present(made.router, made.experts)
+    before = made.state_dict()["experts.table.rows"].clone()
+    train(made, optimizer, 3)
+    after = made.state_dict()["experts.table.rows"]
+    assert torch.equal(after[:143], before[:143])
+    assert not torch.equal(after[143:], before[143:])
 
 
 @pytest.mark.parametrize("way", ["waiting", "slots", "admitted", "frozen"])

@@ -51,8 +51,9 @@ def grow(
 
     Sub-keys and rows in are drawn in the sizes of the present ones, rows out are zero unless `zero_out` is false.
     `source`, up to 24 bytes, and `step` are kept for `origins`. The parameters stay the same objects; `optimizers` that
-    already have state for them must be given, so that it grows along. A table that several layers share grows with the
-    first of them, and the others follow. Raises ValueError for layers that can't grow, before anything is changed.
+    already have state for them must be given, so that it grows along (row optimisers of ours see it for rows by
+    themselves). A table that several layers share grows with the first of them, and the others follow. Raises
+    ValueError for layers that can't grow, before anything is changed.
     """
     wrappers, plain, neurons, table = _parts(router, experts)
     if sub_keys < 1:
@@ -65,6 +66,7 @@ def grow(
             f"the table has {table.num_experts} rows and the router {present}; layers that share it grow by the same "
             "number of sub-keys."
         )
+    table.catch_up()
     draw = torch.Generator().manual_seed(seed)
     before = {id(p): p.shape for p in (plain.keys_first, table.rows, table.bias) if p is not None}
     started = _started(optimizers, (plain.keys_first, table.rows, table.bias))
@@ -137,6 +139,7 @@ def freeze_present(router: AbstractRouter, experts: AbstractExperts) -> None:
     """
     _, plain, neurons, table = _parts(router, experts)
     start = _waiting(plain, neurons)
+    table.catch_up()
     frozen = torch.arange(table.num_experts, device=table.rows.device) < start * plain.grid[1]
     table.frozen = frozen if table.frozen is None else frozen | table.frozen
     plain.frozen_first, plain.norm.frozen = start, True
@@ -163,6 +166,7 @@ def open_rows(experts: AbstractExperts, used_now: Tensor, used_before: Tensor, t
     used = int((now > 0).sum())
     if not 1 <= top <= used:
         raise ValueError(f"top={top}; expected 1 to {used}, the rows that the new data used.")
+    table.catch_up()
     ids = weight.argsort(descending=True, stable=True)[:top].to(table.rows.device)
     table.frozen = torch.ones(table.num_experts, dtype=torch.bool, device=table.rows.device)
     table.frozen[ids] = False
@@ -247,13 +251,13 @@ def _extend(started: list[tuple[nn.Parameter, dict[str, Tensor]]], before: dict[
     for parameter, state in started:
         old, new = before[id(parameter)], parameter.shape
         axis = next((i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]), None)
+        if "last" in state:  # a row optimiser of ours, which extends its own
+            continue
         for name, value in state.items():
             if axis is None or not isinstance(value, Tensor) or value.dim() <= axis or value.shape[axis] != old[axis]:  # pyright: ignore[reportUnnecessaryIsInstance]
                 continue
             more = [new[axis] - old[axis] if i == axis else size for i, size in enumerate(value.shape)]
-            # a row that is new has missed no step: where rows count steps, it stands with the foremost
-            fill = value.max() if not value.is_floating_point() and value.numel() else 0
-            state[name] = torch.cat([value, value.new_full(more, fill)], axis)  # type: ignore[arg-type]
+            state[name] = torch.cat([value, value.new_zeros(more)], axis)
 
 
 def _encoded(source: str) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixwright.experts.disk_table import to_disk
 from mixwright.experts.neuron import NeuronExperts, OutputGate
-from mixwright.experts.quantised_table import narrowed, quantise
+from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, out_std_for
 from mixwright.methods.peer import layouts
 from mixwright.methods.peer.presets import PRESETS
@@ -226,10 +226,7 @@ class PEER(nn.Module):
         """Keep the rows in fewer bits from now on; returns this layer. int8, a float32 scale for each row part, errs by
         about 1 % of the output and does not learn; bfloat16 by about 0.25 %, and learns.
         """
-        table = self.experts.table
-        if dtype not in ("int8", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r}; accepted are 'int8' and 'bfloat16'.")
-        self.experts.table = quantise(table) if dtype == "int8" else narrowed(table, torch.bfloat16)
+        self.experts.table = in_fewer_bits(self.experts.table, dtype)
         return self
 
     def to_disk(self, path: str | os.PathLike[str], cache_bytes: int = 1 << 26) -> "PEER":
