@@ -3,18 +3,20 @@
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mixwright.evaluation.neuron_sites import neurons_of
 from mixwright.experts.disk_table import to_disk
 from mixwright.experts.neuron import NeuronExperts, OutputGate
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, out_std_for
 from mixwright.methods.peer import layouts
 from mixwright.methods.peer.presets import PRESETS
+from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.ops.neuron import Activation
 from mixwright.routers.product_key import GateName, ProductKeyRouter
 from mixwright.routers.query_norm import KeyNormName, QueryNormName, known
@@ -37,7 +39,7 @@ class InputNorm(nn.Module):
         return nn.functional.normalize(x, dim=-1) * scale
 
 
-class PEER(nn.Module):
+class PEER(NeuronVerbs):
     """f(x) = sum over heads and retrieved experts of g e(x), e(x) = act(<u, x>) v (He 2024, section 2, Algorithm 1).
 
     `num_experts`: a square number N, or a grid (n1, n2) of sub-keys. `top_k`: experts per head. `dim_key`: the width of
@@ -76,6 +78,15 @@ class PEER(nn.Module):
         separate_heads: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, names in (
+            ("gate", gate, GateName),
+            ("query_norm", query_norm, QueryNormName),
+            ("key_norm", key_norm, KeyNormName),
+            ("activation", activation, Activation),
+        ):
+            known(name, value, get_args(names))
+        if dim < 1 or (row_dim is not None and row_dim < 1):
+            raise ValueError(f"dim={dim}, row_dim={row_dim}; widths are at least 1.")
         if gated and values_only:
             raise ValueError("gated and values_only exclude each other: experts have three rows, or one.")
         self.dim = dim
@@ -143,8 +154,7 @@ class PEER(nn.Module):
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
         piece = self._piece(tokens)
         if len(tokens) <= piece:
-            empty = len(tokens) == 0 and not self.experts.table.collective
-            return x * 0 if empty else self._pass(tokens, mask).reshape(x.shape)
+            return self._pass(tokens, mask).reshape(x.shape)
         out = torch.empty_like(tokens)
         for start in range(0, len(tokens), piece):
             part = slice(start, start + piece)
@@ -161,7 +171,7 @@ class PEER(nn.Module):
 
     def _piece(self, tokens: Tensor) -> int:
         """How many tokens at once: all, unless outputs are all that is asked for."""
-        whole = self.training or torch.is_grad_enabled() or self.experts.table.collective
+        whole = self.training or torch.is_grad_enabled() or neurons_of(self.experts).table.collective
         if whole or torch.compiler.is_compiling() or self.router.observers:
             return max(1, len(tokens))
         return max(16, QUERY_BYTES // (4 * self.router.heads * self.router.dim_key))
@@ -255,7 +265,11 @@ def _projection(d_in: int, d_out: int) -> nn.Linear:
 
 def _grid(num_experts: int | tuple[int, int]) -> tuple[int, int]:
     if not isinstance(num_experts, int):
-        return (num_experts[0], num_experts[1]) if len(num_experts) == 2 else tuple(num_experts)  # type: ignore[return-value]
+        if len(num_experts) != 2:  # pyright: ignore[reportUnnecessaryComparison]  (a border: a config holds anything)
+            raise ValueError(
+                f"num_experts={num_experts}: expected a square number, or two numbers of sub-keys (n1, n2)."
+            )
+        return num_experts
     side = math.isqrt(max(0, num_experts))
     if num_experts < 1 or side**2 != num_experts:
         near = f"{max(1, side) ** 2} or {(side + 1) ** 2}"
