@@ -60,9 +60,9 @@ def test_the_loss_is_what_is_missed(family: str) -> None:
     with torch.no_grad():
         for _, experts in model.layers.values():
             experts.table.rows[:, -1].zero_()
-    torch.testing.assert_close(match_replaced(model, batch), torch.tensor(2 * batch.weight))  # it says nothing
+    torch.testing.assert_close(match_replaced(model, batch), torch.tensor(2.0 * batch.weight))  # it says nothing
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert len(hooks) == len([h for h in model._hooks])
+    assert len(hooks) == len(model._hooks)
     assert model.channel.enabled
 
 
