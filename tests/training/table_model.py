@@ -16,7 +16,7 @@ class TableModel(nn.Module):
     def __init__(self, dtype: torch.dtype, query_norm: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(SYMBOLS, 6)
-        self.layer = PEER(6, num_experts=(9, 8), heads=2, top_k=2, dim_key=4, query_norm=query_norm)
+        self.layer = PEER(6, num_experts=(24, 20), heads=2, top_k=2, dim_key=4, query_norm=query_norm)
         self.head = nn.Linear(6, SYMBOLS)
         self.to(torch.float64)
         self.layer.experts.table.to(dtype)

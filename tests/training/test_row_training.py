@@ -1,9 +1,12 @@
 """The training loop over tables that are learned by rows: against the dense loop, cut off, and over two processes."""
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -82,12 +85,12 @@ def test_gradients_stay_compact_through_the_loop(batches: Make, monkeypatch: pyt
 
     monkeypatch.setattr(row_optimizer.AbstractRowOptimizer, "_step_rows", watched)
     trained(batches, "lazy_adamw")
-    assert len(kinds) == 8 and any(kinds)
+    assert kinds == [True] * 8
 
 
 @pytest.mark.parametrize("optimizer", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("cut", [5, 9, 14])
+@pytest.mark.parametrize("cut", [5, 14])
 def test_cut_off_and_resumed_ends_in_the_same_bits(
     optimizer: str, dtype: torch.dtype, cut: int, batches: Make, tmp_path: Path
 ) -> None:
@@ -128,7 +131,7 @@ def test_frozen_rows_are_kept_by_rows_and_refused_otherwise(batches: Make) -> No
     for optimizer in ("lazy_adamw", "rowwise_adagrad", "adamw"):
         model = table_model()
         table = model.layer.experts.table
-        table.frozen = torch.arange(72) < 36
+        table.frozen = torch.arange(480) % 2 == 0
         before = table.rows.detach().clone()
         if optimizer == "adamw":
             with pytest.raises(ValueError, match="rows has frozen rows, which adamw would move"):
@@ -136,7 +139,7 @@ def test_frozen_rows_are_kept_by_rows_and_refused_otherwise(batches: Make) -> No
             continue
         fit(model, table_stage(optimizer), batches("causal"))
         moved = (table.rows != before).flatten(1).any(1)
-        assert not moved[:36].any() and moved[36:].any()
+        assert not moved[::2].any() and moved[1::2].any()
 
 
 def test_rates_of_tables_fall_to_their_share() -> None:
@@ -157,25 +160,20 @@ def test_memory_is_counted_by_what_the_optimiser_keeps(batches: Make) -> None:
     for optimizer in ("adamw", *ROWS):
         estimate = estimate_bytes(table_model(query_norm="none"), table_stage(optimizer), batches("causal"))
         needs[optimizer] = estimate["gradients and optimiser"]
-    numbers = 72 * 2 * 6
-    assert needs["adamw"] - needs["lazy_adamw"] == 4 * numbers - 4 * 72
-    assert needs["adamw"] - needs["rowwise_adagrad"] == 12 * numbers - 4 * 72 * 2 - 4 * 72
+    numbers = 480 * 2 * 6
+    assert needs["adamw"] - needs["lazy_adamw"] == 4 * numbers - 4 * 480
+    assert needs["adamw"] - needs["rowwise_adagrad"] == 12 * numbers - 4 * 480 * 2 - 4 * 480
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ROWS)
 def test_two_processes_are_one(optimizer: str, tmp_path: Path) -> None:
-    import os
-    import sys
-    from subprocess import run
-
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     script = str(HERE / "two_processes_table.py")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for arguments in ([script, str(tmp_path / "one"), "2"], [*launch, script, str(tmp_path / "two"), "1"]):
-        done = run(
-            [sys.executable, *arguments, optimizer], env=environment, capture_output=True, text=True, timeout=400
-        )
+    for start in ([script, str(tmp_path / "one"), "2"], [*launch, script, str(tmp_path / "two"), "1"]):
+        command = [sys.executable, *start, optimizer]
+        done = run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two, other = (load_file(tmp_path / name) for name in ("one.0", "two.0", "two.1"))
     assert one.keys() == two.keys() == other.keys()

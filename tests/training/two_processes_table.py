@@ -1,4 +1,4 @@
-"""Run under torchrun: a stage that trains a table by rows over all processes; each writes the model that it ends with."""
+"""Run under torchrun: a stage that trains a table by rows over all processes; each writes the model it ends with."""
 
 import sys
 from pathlib import Path

@@ -58,8 +58,12 @@ def compose(
         print_json(facts)
         return
     say = console().print
-    named = ", ".join(model.experts[:12]) + (", ..." if len(model.experts) > 12 else "")
-    say(f"{folder}: {plan.method}, {len(model.experts)} experts ({named}) at {len(model.mixtures)} sites", markup=False)
+    where = f"at {len(model.mixtures)} sites"
+    if model.experts:
+        named = ", ".join(model.experts[:12]) + (", ..." if len(model.experts) > 12 else "")
+        say(f"{folder}: {plan.method}, {len(model.experts)} experts ({named}) {where}", markup=False)
+    else:
+        say(f"{folder}: {plan.method}, {model.num_added_parameters():,} numbers {where}", markup=False)
     say(f"Next: mixwright explain {folder} --text '...'   or   mixwright run {folder} --prompt '...'", markup=False)
 
 

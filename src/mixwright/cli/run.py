@@ -43,7 +43,6 @@ def run(
     if can_generate is None or not can_generate():
         raise ValueError("this backbone writes no text; `mixwright explain` shows what its experts do.")
     from mixwright.composition.by_task import of_task
-    from mixwright.evaluation.explain import explain
     from mixwright.evaluation.task_routing import is_task_routed
 
     condition = of_task(model, task)
@@ -58,23 +57,50 @@ def run(
         answer, count = _generate(model, tokenizer, given, say, max_new_tokens, temperature, seed)
     say("\n")
     shares = applied(model, routings)
-    explained = None
-    if trace and _two_streams(model):
-        explained = explain(model, tokenizer, given, target=answer)
-    elif trace:
-        explained = explain(model, tokenizer, given + answer)
+    explained = _explained(model, tokenizer, given, answer) if trace else None
     if as_json:
         acted = [{"expert": expert, "weight": weight} for expert, weight in shares]
         full = explained.to_dict() if explained is not None else None
         print_json({"prompt": given, "task": task, "text": answer, "tokens": count, "experts": acted, "trace": full})
         return
     console().print()
-    console().print(f"{count} tokens; " + ", ".join(f"{e} {100 * w:.0f}%" for e, w in shares[:6]), markup=False)
+    who = ", ".join(f"{e} {100 * w:.0f}%" for e, w in shares[:6]) or _retrieved(routings)
+    console().print(f"{count} tokens; {who}", markup=False)
     if explained is not None:
-        from mixwright.report.terminal import print_explanation
-
         console().print()
+        _print_explained(explained)
+
+
+def _explained(model: "ComposedModel", tokenizer: Any, prompt: str, answer: str) -> Any:
+    """Prompt and answer, token by token."""
+    from mixwright.evaluation.explain import explain
+    from mixwright.evaluation.neuron_text import explain_neurons, retrieves_neurons
+
+    say = explain_neurons if retrieves_neurons(model) else explain
+    return (
+        say(model, tokenizer, prompt, target=answer) if _two_streams(model) else say(model, tokenizer, prompt + answer)
+    )
+
+
+def _print_explained(explained: Any) -> None:
+    from mixwright.evaluation.neuron_text import NeuronText
+    from mixwright.report.neuron_terminal import print_neuron_text
+    from mixwright.report.terminal import print_explanation
+
+    if isinstance(explained, NeuronText):
+        print_neuron_text(explained, console())
+    else:
         print_explanation(explained, console())
+
+
+def _retrieved(routings: "dict[str, list[Routing]]") -> str:
+    """How many of the experts that have no names had a say."""
+    acted = counted = 0
+    for each in routings.values():
+        ids = [r.indices[r.weights != 0].unique() for r in each if r.indices is not None]
+        acted += len({int(i) for part in ids for i in part.tolist()})
+        counted += each[0].num_experts
+    return f"{acted:,} of {counted:,} experts acted"
 
 
 def _generate(
@@ -115,9 +141,14 @@ def _two_streams(model: "ComposedModel") -> bool:
 
 
 def applied(model: "ComposedModel", routings: "dict[str, list[Routing]]") -> list[tuple[str, float]]:
-    """Each expert's share of the applied routing weight over all sites and tokens, the largest first."""
+    """Each expert's share of the applied routing weight over all sites and tokens, the largest first.
+
+    Nothing for experts without names, of which each site may have a million of its own.
+    """
     import torch
 
+    if not model.experts:
+        return []
     total = torch.zeros(len(model.experts))
     for each in routings.values():
         for routing in each:

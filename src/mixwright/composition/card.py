@@ -19,7 +19,9 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
     experts, tasks = composition.experts, _tasks(stored)
     name = stored.backbone.path or stored.backbone.architecture
     revision = f" at `{stored.backbone.revision}`" if stored.backbone.revision else ""
-    count = f"{_plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
+    unnamed = not stored.pool  # experts that go by number, such as neurons
+    counted = f"{_plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
+    count = _plain(stored.method) if unnamed else counted
     lines = [
         f"---\n{write_yaml(_metadata(stored, experts))}---",
         "",
@@ -37,7 +39,8 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         "",
         *(_tasks_text(stored, tasks) if tasks else ()),
         *(_experts_text(experts) if experts else ()),
-        "## Routing",
+        *(_unnamed_text(stored) if unnamed else ()),
+        "## Settings" if unnamed else "## Routing",
         "",
         *(f"- `{_plain(key)}`: {_plain(value)}" for key, value in stored.config.items() if key != "tasks"),
     ]
@@ -65,6 +68,14 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
         "",
         f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
         "bind as well.",
+        "",
+    ]
+
+
+def _unnamed_text(stored: "StoredComposition") -> list[str]:
+    return [
+        f"Its experts are part of it: they were made for this backbone, have no names and go by number. Their licence: "
+        f"{_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may bind as well.",
         "",
     ]
 
@@ -124,9 +135,9 @@ def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]])
     licences = {str(expert.get("licence") or "unknown") for expert in experts} | ({own} if own else set[str]())
     metadata: dict[str, Any] = {
         "library_name": "mixwright",
-        "tags": ["mixwright", stored.method, "mixture-of-experts", "lora"],
+        "tags": ["mixwright", stored.method, "mixture-of-experts", *(["lora"] if stored.pool else [])],
     }
-    if licences or not _tasks(stored):
+    if licences or (stored.pool and not _tasks(stored)):
         metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
     return metadata | _on_hub(stored.backbone.path)
 

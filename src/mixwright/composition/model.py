@@ -198,7 +198,8 @@ class ComposedModel(nn.Module):
     def index(self, expert: str) -> int:
         """The pool id of an expert. Raises ValueError for one that is not in the model."""
         if expert not in self.experts:
-            raise ValueError(f"no expert {expert!r} in this model; it has {', '.join(self.experts)}.")
+            known = ", ".join(self.experts) or "none with names: its experts go by number"
+            raise ValueError(f"no expert {expert!r} in this model; it has {known}.")
         return self.experts.index(expert)
 
     @property
@@ -212,6 +213,8 @@ class ComposedModel(nn.Module):
         The others are masked out before the choice and cannot move a bit of any output; a null expert stays. Raises
         ValueError where a router does not choose, such as a constant one.
         """
+        if experts is None and not self.experts:
+            return  # experts without names all act, always
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
         ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
         masks = {site: _masks(mixture.router) for site, mixture in self.mixtures.items()}

@@ -24,6 +24,9 @@ NAMES = ("backbone", "experts", "merged", "average", "random", "arrow", "spectr"
 OF_ANY_EXPERTS = ("backbone", "average", "routed")
 """Those of them that need no LoRA experts."""
 
+OF_NEURONS = ("backbone", "routed")
+"""Those of them that need no experts with names."""
+
 METRIC = {"causal": "nats", "seq2seq": "nats", "encoder": "accuracy"}
 """Kind of model -> the metric that decides."""
 
@@ -112,6 +115,8 @@ def chosen_systems(model: ComposedModel, names: Sequence[str] = NAMES, *, seed: 
 
 def default_systems(model: ComposedModel) -> tuple[str, ...]:
     """The names of the systems that these experts allow: all for LoRA experts."""
+    if not model.experts:
+        return OF_NEURONS
     is_lora = all(isinstance(mixture.experts, LoraExperts) for mixture in model.mixtures.values())
     return NAMES if is_lora else OF_ANY_EXPERTS
 

@@ -102,20 +102,20 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
                 self.catch_up(parameter, None)
 
     @torch.no_grad()
-    def catch_up(self, parameter: nn.Parameter, ids: Tensor | None) -> None:
-        """Make up for what these rows of a table's parameter missed; None stands for all of them."""
+    def catch_up(self, parameter: nn.Parameter, ids: Tensor | None) -> Tensor | None:
+        """Make up for what these rows of a table's parameter missed, None standing for all of them; which did lag."""
         state = self.state.get(parameter)
         if not state:
-            return
+            return None
         _grow(state, len(parameter))
         step, last = int(state["step"]), state["last"]
         asked = (last < step).nonzero().squeeze(1) if ids is None else ids
-        if step and len(asked):
-            found, starts = lagging_rows(asked, last, step, self.tables[parameter].frozen)
-            if self.reads is not None:
-                self.reads[parameter].append(found)
-            if len(found):
-                self._replay(parameter, found, starts, self._group_of(parameter))
+        if not step or not len(asked):
+            return None
+        found, starts = lagging_rows(asked, last, step, self.tables[parameter].frozen)
+        if len(found):
+            self._replay(parameter, found, starts, self._group_of(parameter))
+        return found
 
     def close(self) -> None:
         """Flush, and let go of the tables: their gradients are what they were before, and this optimiser is done."""
@@ -202,7 +202,9 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
     def _read(self, table: NeuronTable, ids: Tensor) -> None:
         for parameter in (table.rows, table.bias):
             if parameter is not None:
-                self.catch_up(parameter, ids.reshape(-1))
+                found = self.catch_up(parameter, ids.reshape(-1))
+                if self.reads is not None and found is not None:
+                    self.reads[parameter].append(found)
 
 
 _HISTORY = ("rates", "decays", "constants")

@@ -11,31 +11,27 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixwright.backbones.hf import provenance
 from mixwright.composition.mixture import Mixture
-from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
-from mixwright.config import decode
-from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.table import AbstractTable
+from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
 from mixwright.methods.peer.layer import PEER
 from mixwright.ops.digest import fingerprint
-from mixwright.routers.product_key import ProductKeyRouter
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
 
 
-def compose(
-    config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None
-) -> "PeerComposedModel":
+def compose(config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> PeerComposedModel:
     """Fresh experts at the sites of one backbone: steps 1 to 4 of the module's text, before training.
 
     Everything random depends on `config.seed` alone. Raises ValueError for settings that do not fit each other or the
@@ -95,19 +91,6 @@ def mixture_at(backbone: nn.Module, place: Place, config: PeerConfig, layer: PEE
     return Mixture(base, layer.router, layer.experts, entry=place.entry)
 
 
-BIASES = (".bias_first", ".bias_second")
-
-
-def finite(bias: Tensor) -> Tensor:
-    """A selection bias as it is written."""
-    return bias.clamp_min(torch.finfo(bias.dtype).min)
-
-
-def infinite(bias: Tensor) -> Tensor:
-    """A selection bias as it was before it was written."""
-    return bias.masked_fill(bias == torch.finfo(bias.dtype).min, -torch.inf)
-
-
 def width_of(place: Place) -> int:
     """Of a place that is as wide at its end as at its beginning. Raises ValueError for another."""
     if place.d_in != place.d_out:
@@ -121,35 +104,6 @@ def width_of(place: Place) -> int:
 def device_at(backbone: nn.Module, path: str) -> torch.device:
     """Where the layer at `path` is."""
     return next(backbone.get_submodule(path).parameters(), next(backbone.parameters())).device
-
-
-class PeerComposedModel(ComposedModel):
-    """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number."""
-
-    @property
-    def settings(self) -> PeerConfig:
-        """The config that the model was composed with."""
-        return decode(PeerConfig, self.composition.config, where="composition.config")
-
-    @property
-    def layers(self) -> dict[str, tuple[ProductKeyRouter, NeuronExperts]]:
-        """Site -> its router and its experts."""
-        return {
-            site: (cast(ProductKeyRouter, mixture.router), cast(NeuronExperts, mixture.experts))
-            for site, mixture in self.mixtures.items()
-        }
-
-    def added_state(self) -> dict[str, Tensor]:
-        """As of any composed model; a table that several sites share is there once, at the first of them.
-
-        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only.
-        """
-        state, known = super().added_state(), set[int]()
-        for site, (_, experts) in self.layers.items():
-            if id(experts.table) in known:
-                state = {name: t for name, t in state.items() if not name.startswith(f"{site}.experts.table.")}
-            known.add(id(experts.table))
-        return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
 
 
 @contextmanager

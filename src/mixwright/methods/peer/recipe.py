@@ -3,16 +3,16 @@
 The backbone stays frozen in both. The paper trains whole models, and says nothing about its optimiser.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
 from mixwright.config import decode
+from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.methods.peer.distil import match_replaced
-from mixwright.methods.peer.model import PeerComposedModel, compose
+from mixwright.methods.peer.model import compose
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import Objective, ParamGroup, Stage
 
@@ -35,10 +35,12 @@ def stages(config: PeerConfig) -> tuple[Stage, ...]:
 
 
 def groups(config: PeerConfig) -> tuple[ParamGroup, ...]:
-    """The rows, and whatever leads to them: queries, norms, sub-keys and projections."""
-    paths: Sequence[str] = ("*.router.[qkn]*",)  # queries, keys and norms, those that there are
+    """The rows, and whatever leads to them and away: queries, norms, sub-keys, projections and gates of outputs."""
+    paths = ["*.router.[qkn]*"]  # queries, keys and norms, those that there are
     if config.row_dim is not None:
-        paths = (*paths, "*.experts.project_*")
+        paths.append("*.experts.project_*")
+    if config.layer["output_gate"]:
+        paths.append("*.experts.output_gate.*")
     return (
         ParamGroup(select=("*.experts.table.*",), lr=config.learning_rate, name="table"),
         ParamGroup(select=tuple(paths), lr=config.router_learning_rate, name="router"),

@@ -12,18 +12,12 @@ from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
 from mixwright.experts.table import AbstractTable
+from mixwright.methods.peer.composed import BIASES, PeerComposedModel, infinite
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
 from mixwright.methods.peer.layer import PEER
-from mixwright.methods.peer.model import (
-    BIASES,
-    PeerComposedModel,
-    device_at,
-    infinite,
-    mixture_at,
-    options_of,
-    width_of,
-)
+from mixwright.methods.peer.model import device_at, mixture_at, options_of, width_of
+from mixwright.methods.peer.unsure import unwrapped
 
 KEYS = ("keys_first", "keys_second")
 
@@ -54,10 +48,15 @@ def restore(
     table: AbstractTable | None = None
     for path in seen.sites:
         width, device = width_of(chosen[path]), device_at(backbone, path)
+        router, experts, around = unwrapped(stored[path].router, stored[path].experts, settled.layer["activation"])
         shared = table if settled.shared_table else None
-        layer = _layer(settled, width, stored[path], path, shared)
+        layer = _layer(settled, width, SiteState(router, experts), path, shared)
         table = layer.experts.table
-        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
+        mixture = mixture_at(backbone, chosen[path], settled, layer)
+        mixture.router, mixture.experts = around.router(layer.router), around.experts(layer.experts)
+        mixtures[path] = mixture
+        for part in (mixture.router, mixture.experts):
+            part.to(device)
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
     model = PeerComposedModel(backbone, mixtures, (), described, seen).train(backbone.training)
     model.whole.update(whole)

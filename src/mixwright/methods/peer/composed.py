@@ -1,0 +1,134 @@
+"""A composed model whose experts are neurons: what can be asked of it, and done to it, beside running it."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mixwright.composition.model import ComposedModel
+from mixwright.config import decode
+from mixwright.evaluation.neuron_sites import neurons_of, plain_router
+from mixwright.experts.neuron import NeuronExperts
+from mixwright.methods.peer.config import PeerConfig
+from mixwright.routers.product_key import ProductKeyRouter
+
+if TYPE_CHECKING:
+    from mixwright.evaluation.neuron_usage import SiteUsage, UsageMeter
+    from mixwright.evaluation.neurons import NeuronTrace
+    from mixwright.methods.peer.rebalance import Rebalancer
+    from mixwright.methods.peer.revival import Revived
+
+BIASES = (".bias_first", ".bias_second")
+
+
+class PeerComposedModel(ComposedModel):
+    """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number at a site."""
+
+    @property
+    def settings(self) -> PeerConfig:
+        """The config that the model was composed with."""
+        return decode(PeerConfig, self.composition.config, where="composition.config")
+
+    @property
+    def layers(self) -> dict[str, tuple[ProductKeyRouter, NeuronExperts]]:
+        """Site -> its router and its neurons, without what may be wrapped around them."""
+        return {
+            site: (plain_router(mixture.router), neurons_of(mixture.experts)) for site, mixture in self.mixtures.items()
+        }
+
+    def added_state(self) -> dict[str, Tensor]:
+        """As of any composed model; a table that several sites share is there once, at the first of them.
+
+        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only.
+        """
+        state, known = super().added_state(), set[int]()
+        for site, (_, experts) in self.layers.items():
+            if id(experts.table) in known:
+                own = f"{site}.experts."
+                state = {name: t for name, t in state.items() if not (name.startswith(own) and ".table." in name)}
+            known.add(id(experts.table))
+        return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
+
+    def usage(self, *, detail: bool = True) -> AbstractContextManager["UsageMeter"]:
+        """Inside the block every pass is counted: rows, sub-keys, coverage; see `evaluation.neuron_usage.usage`."""
+        from mixwright.evaluation.neuron_usage import usage
+
+        return usage(self, detail=detail)
+
+    def keep_usage(self, *, detail: bool = False) -> "UsageMeter":
+        """Count every pass from now on, in what `save_pretrained` writes; see `usage.keep_usage`."""
+        from mixwright.methods.peer.usage import keep_usage
+
+        return keep_usage(self, detail=detail)
+
+    def explain(self, *inputs: Any, **named: Any) -> "dict[str, NeuronTrace]":
+        """Site -> which neurons did what in one pass; their parts sum to the output; see `tracing.explain`."""
+        from mixwright.methods.peer.tracing import explain
+
+        return explain(self, *inputs, **named)
+
+    def ablate(self, ids: Iterable[int] | Tensor, site: str | None = None) -> None:
+        """Let these neurons never be retrieved again; see `tracing.ablate`."""
+        from mixwright.methods.peer.tracing import ablate
+
+        ablate(self, ids, site)
+
+    def unablate(self, ids: Iterable[int] | Tensor | None = None, site: str | None = None) -> None:
+        """Let these neurons, or all, be retrieved again."""
+        from mixwright.methods.peer.tracing import unablate
+
+        unablate(self, ids, site)
+
+    def ablated(self, ids: Iterable[int] | Tensor, site: str | None = None) -> AbstractContextManager[None]:
+        """Inside the block these neurons are never retrieved."""
+        from mixwright.methods.peer.tracing import ablated
+
+        return ablated(self, ids, site)
+
+    def calibrate(self, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
+        """Site -> coverage of each head below which this share of the tokens of `data` lies; see `unsure.calibrate`."""
+        from mixwright.methods.peer.unsure import calibrate
+
+        return calibrate(self, data, quantile)
+
+    def widen_unsure(self, thresholds: Mapping[str, Tensor], wider: int) -> None:
+        """Let heads whose coverage is below their threshold retrieve more experts; see `unsure.widen_unsure`."""
+        from mixwright.methods.peer.unsure import widen_unsure
+
+        widen_unsure(self, thresholds, wider)
+
+    def retrieve_adaptively(self, coverage: float, max_k: int) -> None:
+        """Let every head retrieve as few experts as hold this share of its softmax; see `unsure`."""
+        from mixwright.methods.peer.unsure import retrieve_adaptively
+
+        retrieve_adaptively(self, coverage, max_k)
+
+    def retrieve_plainly(self) -> None:
+        """Take every fallback and adaptive router out again."""
+        from mixwright.methods.peer.unsure import retrieve_plainly
+
+        retrieve_plainly(self)
+
+    def rebalancing(self, rate: float = 0.01) -> AbstractContextManager["Rebalancer"]:
+        """Inside the block sub-keys are balanced by selection bias, step by step; see `rebalance.rebalancing`."""
+        from mixwright.methods.peer.rebalance import rebalancing
+
+        return rebalancing(self, rate)
+
+    def revive(self, data: Iterable[Any], used: "Mapping[str, SiteUsage]", **options: Any) -> "Revived":
+        """Give dead sub-keys a new direction and their rows new content, neutral at first; see `revival.revive`."""
+        from mixwright.methods.peer.revival import revive
+
+        return revive(self, data, used, **options)
+
+
+def finite(bias: Tensor) -> Tensor:
+    """A selection bias as it is written."""
+    return bias.clamp_min(torch.finfo(bias.dtype).min)
+
+
+def infinite(bias: Tensor) -> Tensor:
+    """A selection bias as it was before it was written."""
+    return bias.masked_fill(bias == torch.finfo(bias.dtype).min, -torch.inf)
