@@ -84,13 +84,18 @@ def language_model(system: System, size: Size, seed: int) -> nn.Module:
     if system.kind == "moe":
         model.gpt_neox.layers[MIDDLE].mlp = CoarseExperts(size.width, **system.settings)
     elif system.kind in ("peer", "pkm"):
-        model.gpt_neox.layers[MIDDLE].mlp = peer(system, size)
+        model.gpt_neox.layers[MIDDLE].mlp = peer(system, size, model.gpt_neox.layers[MIDDLE].mlp)
     return model
 
 
-def peer(system: System, size: Size) -> "mw.PEER":
-    """The layer of a system; a product-key memory is one whose experts are values only."""
-    return mw.PEER(size.width, values_only=system.kind == "pkm", **system.settings)
+def peer(system: System, size: Size, replaced: nn.Module) -> "mw.PEER":
+    """The layer of a system, whose outputs have the size of those of the layer that it replaces; a product-key memory
+    is one whose experts are values only."""
+    layer = mw.PEER(size.width, values_only=system.kind == "pkm", **system.settings)
+    normed = torch.randn(256, size.width)  # what a layer norm hands on
+    with torch.no_grad():
+        layer.eval().calibrate(normed, float(replaced(normed).square().mean().sqrt()))
+    return layer
 
 
 def middle(model: nn.Module) -> nn.Module:

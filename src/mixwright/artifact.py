@@ -22,7 +22,7 @@ from mixwright.yaml12 import parse_yaml
 _HEADER_LIMIT = 1 << 24
 _TEXT_LIMIT = 1 << 24
 _ADDED_LIMIT = 1 << 40
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL"})
 
 
 def load(

@@ -23,6 +23,8 @@ from mixwright.experts import fetched, row_reader
 from mixwright.experts.disk_table import DiskTable, to_disk, write_table
 from mixwright.experts.row_file import PAGE, RowFormat, header, row_format
 from mixwright.experts.table import NeuronTable
+from mixwright.ops import kernels, neuron
+from mixwright.ops.neuron_kernel import CompiledPasses
 
 HERE = Path(__file__).parent
 
@@ -55,6 +57,26 @@ def test_equal_to_the_bit_to_the_table_in_memory(
         weights, indices = retrieval(tokens, 7, 90, tokens)
         assert torch.equal(disk(x, weights, indices, "gelu"), table(x, weights, indices, "gelu"))
     disk.verify()
+
+
+@pytest.mark.parametrize("n", [10, 40, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_bit_by_the_compiled_way_and_for_few_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: kernels.Kernels, n: int, dtype: torch.dtype
+) -> None:
+    """Also where so few distinct experts are retrieved that a table of as many would be multiplied whole."""
+    taken: list[int] = []
+    plain = CompiledPasses.forward
+    monkeypatch.setattr(neuron.kernels, "kernel", lambda: compiled)
+    monkeypatch.setattr(CompiledPasses, "forward", lambda *given, **kept: (taken.append(1), plain(*given, **kept))[1])
+    table = memory_table(3, n=n, dtype=dtype, bias=True)
+    disk = to_disk(table, tmp_path / "rows.table", cache_bytes=4000)
+    for tokens, seen, budget in ((1, n, 1 << 28), (9, n, 1 << 28), (40, n, 1 << 28), (40, 5, 1 << 28), (40, n, 3000)):
+        monkeypatch.setattr(fetched, "_BUDGET", budget if n > 16 else 1 << 28)
+        weights, indices = retrieval(tokens, 8, seen, tokens)
+        x = torch.randn(tokens, 24)
+        assert torch.equal(disk(x, weights, indices, "gelu"), table(x, weights, indices, "gelu"))
+    assert len(taken) >= (10 if n > 16 else 2)
 
 
 def test_tokens_and_weights_have_their_gradients(tmp_path: Path) -> None:

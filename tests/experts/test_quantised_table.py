@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mixwright.experts.quantised_table import dequantise, quantise, quantise_rows
+from mixwright.experts.quantised_table import QuantisedTable, dequantise, quantise, quantise_rows
 from mixwright.experts.table import NeuronTable
+from mixwright.ops import kernels, neuron
 from mixwright.ops.neuron import neurons_reference
 
 
@@ -66,6 +67,32 @@ def test_it_is_the_dequantised_table_and_a_quarter_of_its_bytes() -> None:
     stored = sum(t.numel() * t.element_size() for t in small.state_dict().values())
     assert stored < 0.27 * rows.numel() * 4 and not list(small.parameters())
     assert torch.equal(small.take(torch.tensor([5, 1, 5]))[0], dequantise(small).rows[[5, 1, 5]])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_compiled_path_reads_the_integers_and_agrees(
+    parts: int, monkeypatch: pytest.MonkeyPatch, compiled: kernels.Kernels
+) -> None:
+    rows, x, weights, indices = layer(parts)
+    small = quantise(NeuronTable(rows, torch.randn(len(rows), parts - 1) if parts > 1 else None))
+    exact = dequantise(small).double()(x.double(), weights.double(), indices, "silu")
+    fetched = small(x, weights, indices, "silu")
+    monkeypatch.setattr(neuron.kernels, "kernel", lambda: compiled)
+    monkeypatch.setattr(QuantisedTable, "fetch", lambda *given: pytest.fail("rows were brought"))
+    with torch.no_grad():
+        found = small(x, weights, indices, "silu")
+    assert error(found, exact.detach()) < 1e-5 and error(fetched, exact.detach()) < 1e-5
+
+
+def test_tokens_and_weights_have_their_gradients() -> None:
+    rows, x, weights, indices = layer(3)
+    small = quantise(NeuronTable(rows))
+    gradients = []
+    for table in (small, dequantise(small)):
+        given = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(table(*given, indices, "gelu").square().sum(), given))
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_eight_bits_cannot_hold_is_refused() -> None:

@@ -10,6 +10,7 @@ from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractRouter, AbstractScores
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import PrototypeScores, SigmoidGate
+from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.spectral import SpectralScores
 from mixwright.routers.task import TaskRouter
@@ -127,6 +128,19 @@ ROUTERS: dict[str, Callable[[], AbstractRouter]] = {
     "task": lambda: TaskRouter(torch.eye(3, E)),
     "sigmoid": lambda: SigmoidGate(D),
 }
+
+
+def neurons(**options: object) -> ProductKeyRouter:
+    torch.manual_seed(0)
+    return ProductKeyRouter(D, (5, 4), 3, 2, 8, **options)  # type: ignore[arg-type]
+
+
+ROUTERS |= {
+    "neurons": neurons,
+    "neurons-own-keys": lambda: neurons(query_norm="layer", key_norm="rms", share_keys=False, query_bias=True),
+    "neurons-sigmoid": lambda: neurons(gate="sigmoid", query_norm="past_batch"),
+    "neurons-apart": lambda: neurons(gate="relu", query_norm="none", separate_heads=True),
+}
 every_router = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS)
 
 
@@ -147,8 +161,11 @@ def test_routing_is_finite_broadcasts_and_repeats(make: Callable[[], AbstractRou
         assert dense.isfinite().all()
         assert (dense >= 0).all()
         torch.broadcast_shapes(dense.shape[:-1], given.shape[:-1])
-        if not isinstance(router, SigmoidGate):
-            torch.testing.assert_close(dense.sum(-1), torch.ones(dense.shape[:-1]), atol=1e-6, rtol=0)
+        if not isinstance(router, SigmoidGate) and getattr(router, "gate", "softmax") == "softmax":
+            whole = given.new_full(dense.shape[:-1], getattr(router, "heads", 1.0), dtype=torch.float32)
+            if isinstance(router, ProductKeyRouter):
+                whole[~condition().token_mask] = 0.0  # type: ignore[operator]
+            torch.testing.assert_close(dense.sum(-1), whole, atol=1e-6, rtol=0)
         again = router(given, condition())
         assert torch.equal(again.weights, routing.weights)
         if routing.indices is not None and again.indices is not None:
@@ -157,11 +174,13 @@ def test_routing_is_finite_broadcasts_and_repeats(make: Callable[[], AbstractRou
             assert (routing.indices < router.num_experts).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name.startswith("token") or name == "sigmoid"])
+@pytest.mark.parametrize(
+    "name", [name for name in ROUTERS if name.startswith(("token", "neurons")) or name == "sigmoid"]
+)
 def test_routers_give_a_gradient(name: str, x: Tensor) -> None:
     router = ROUTERS[name]()
     for parameter in router.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)
     x.requires_grad_(True)
     (router(x, condition()).weights ** 2).sum().backward()
     assert x.grad is not None
@@ -169,7 +188,7 @@ def test_routers_give_a_gradient(name: str, x: Tensor) -> None:
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["token", "token-all-on", "token-encoder"])
+@pytest.mark.parametrize("name", ["token", "token-all-on", "token-encoder", "neurons"])
 def test_permuting_the_batch_permutes_the_routing(name: str, x: Tensor) -> None:
     given = condition()
     assert given.token_mask is not None

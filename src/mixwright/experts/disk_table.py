@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from mixwright.errors import CatalogError
@@ -67,6 +67,25 @@ def to_disk(table: AbstractTable, path: str | os.PathLike[str], cache_bytes: int
     """Write a table and return the one that reads the file."""
     write_table(table, path)
     return DiskTable(path, cache_bytes)
+
+
+def name_of(table: DiskTable) -> UInt8[Tensor, " bytes"]:
+    """Where a table's file is, and its SHA-256, for what can keep nothing but tensors."""
+    return torch.tensor(list(f"{table.reader.sha256} {table.reader.path}".encode()), dtype=torch.uint8)
+
+
+def by_name(name: UInt8[Tensor, " bytes"], cache_bytes: int = 1 << 26) -> DiskTable:
+    """The table of that file. Raises CatalogError: PATH, HASH, and what else `DiskTable` raises."""
+    sha256, _, path = bytes(name.tolist()).decode(errors="replace").partition(" ")
+    table = DiskTable(path, cache_bytes)
+    if table.reader.sha256 != sha256:
+        raise CatalogError(
+            "HASH",
+            os.path.basename(path),
+            f"it holds other rows ({table.reader.sha256[:12]}) than those that were named ({sha256[:12]}); put that "
+            "table in its place.",
+        )
+    return table
 
 
 def _blocks(table: AbstractTable, step: int) -> Iterator[dict[str, Tensor]]:

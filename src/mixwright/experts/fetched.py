@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixwright.experts.table import AbstractTable
-from mixwright.ops.neuron import Activation, combine_neurons
+from mixwright.ops.neuron import DENSE_BELOW, Activation, combine_neurons
 
 _BUDGET = 1 << 28  # bytes of brought rows at a time
 
@@ -36,6 +36,9 @@ class AbstractFetchedTable(AbstractTable):
         activation: Activation,
     ) -> Float[Tensor, "tokens width"]:
         """sum_k w_k e_{indices_k}(x)."""
+        found = self.in_place(x, weights, indices, activation)
+        if found is not None:
+            return found
         asked = torch.is_grad_enabled() and weights.requires_grad
         used = torch.ones_like(indices, dtype=torch.bool) if asked else weights != 0  # weight 0: it is not read
         parts = [
@@ -56,13 +59,28 @@ class AbstractFetchedTable(AbstractTable):
     def fetch(self, ids: Int[Tensor, " ids"]) -> Brought:
         """Rows and biases of ids that are distinct and ascending, on their device."""
 
+    def in_place(
+        self, x: Tensor, weights: Tensor, indices: Tensor, activation: Activation
+    ) -> Float[Tensor, "tokens width"] | None:
+        """The sum without bringing anything, where there is a way to it."""
+        del x, weights, indices, activation
+
     def _combine(
         self, x: Tensor, weights: Tensor, indices: Tensor, ids: Tensor, activation: Activation
     ) -> Float[Tensor, "tokens width"]:
         if not len(ids):
             return torch.zeros_like(x)
         rows, bias = self.fetch(ids)
-        there = torch.searchsorted(ids, indices).clamp_(max=len(ids) - 1)
+        least = DENSE_BELOW * indices.shape[1]  # a table of fewer experts is summed in another way
+        if self.num_experts < least:
+            rows, bias = (None if t is None else _spread(t, ids, self.num_experts) for t in (rows, bias))
+            there = indices
+        else:
+            there = torch.searchsorted(ids, indices).clamp_(max=len(ids) - 1)
+            if len(ids) < least:
+                own = torch.arange(len(ids), device=ids.device)
+                rows, bias = (None if t is None else _spread(t, own, least) for t in (rows, bias))
+        assert rows is not None
         return combine_neurons(x, rows, weights, there, activation, bias)
 
     def _parts(self, indices: Tensor, used: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
@@ -74,3 +92,8 @@ class AbstractFetchedTable(AbstractTable):
         half = len(indices) // 2
         yield from self._parts(indices[:half], used[:half], start)
         yield from self._parts(indices[half:], used[half:], start + half)
+
+
+def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """`values` at their places among zeros."""
+    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, places, values)

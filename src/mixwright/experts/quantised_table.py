@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixwright.experts.fetched import AbstractFetchedTable, Brought
 from mixwright.experts.table import AbstractTable, NeuronTable
+from mixwright.ops.neuron import Activation, combine_quantised
 
 _LEVELS = 127
 _BLOCK = 1 << 22  # numbers quantised at a time
@@ -39,6 +40,12 @@ class QuantisedTable(AbstractFetchedTable):
         rows = self.rows[ids].float().mul_(self.scales[ids, :, None])
         return Brought(rows, None if self.bias is None else self.bias[ids])
 
+    def in_place(
+        self, x: Tensor, weights: Tensor, indices: Tensor, activation: Activation
+    ) -> Float[Tensor, "tokens width"] | None:
+        """By the compiled path, which reads the integers themselves."""
+        return combine_quantised(x, self.rows, self.scales, weights, indices, activation, self.bias)
+
 
 @torch.no_grad()
 def quantise(table: AbstractTable) -> QuantisedTable:
@@ -63,6 +70,13 @@ def narrowed(table: AbstractTable, dtype: torch.dtype) -> NeuronTable:
     """A table whose rows are kept in a narrower type, such as bfloat16; sums run in the input's. Biases stay wide."""
     rows, bias = table.take(torch.arange(table.num_experts))
     return NeuronTable(rows.to(dtype), bias)
+
+
+def in_fewer_bits(table: AbstractTable, dtype: str) -> AbstractTable:
+    """The table with rows of `int8` (and a scale for each row part; it does not learn) or of `bfloat16`."""
+    if dtype not in ("int8", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}; accepted are 'int8' and 'bfloat16'.")
+    return quantise(table) if dtype == "int8" else narrowed(table, torch.bfloat16)
 
 
 def dequantise(table: QuantisedTable) -> NeuronTable:

@@ -17,7 +17,7 @@ from mixwright.ops.exchange import GroupTokens, group_tokens, ranges
 from mixwright.ops.neuron import Activation, activate
 from mixwright.ops.row_products import row_dots, row_sums, take_rows
 
-_NARROW = torch.iinfo(torch.int32).max
+_NARROW = 1 << 31  # experts whose ids, and their complements, are four bytes
 
 
 class Piece(NamedTuple):
@@ -44,9 +44,12 @@ class AbstractShardedTable(AbstractTable):
             "model loaded on one process."
         )
 
-    def _everybodys_ids(self, tokens: GroupTokens, indices: Tensor) -> Tensor:
+    def _everybodys_ids(self, tokens: GroupTokens, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Everybody's ids, and which of them act: have a weight that is not 0, which the sign of what is sent says."""
         narrow = torch.int32 if self.num_experts <= _NARROW else torch.int64
-        return tokens.all(indices.to(narrow)).long()
+        sent = indices.to(narrow)
+        got = tokens.all(torch.where(weights == 0, ~sent, sent)).long()
+        return torch.where(got < 0, ~got, got), got >= 0
 
 
 class ColumnTable(AbstractShardedTable):
@@ -80,8 +83,8 @@ class ColumnTable(AbstractShardedTable):
         """sum_k w_k e_{indices_k}(x) for this process's tokens."""
         widths = [end - start for _, (start, end) in self.pieces]
         tokens = group_tokens(len(x), self.group, x.device)
-        ids = self._everybodys_ids(tokens, indices)
-        rows, there = self._rows(ids)
+        ids, acting = self._everybodys_ids(tokens, weights, indices)
+        rows, there = self._rows(ids, acting)
         wide = torch.promote_types(x.dtype, torch.float32)
         hidden = weights.to(wide)
         if self.parts > 1:
@@ -95,7 +98,7 @@ class ColumnTable(AbstractShardedTable):
         found = row_sums(tokens.all(hidden), rows[-1], there)
         return tokens.tokens(found.to(x.dtype), widths)
 
-    def _rows(self, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _rows(self, ids: Tensor, acting: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The parts of this process's rows, and the ids as their places; retrieved rows alone where they learn."""
         for read in self.local.before_read:
             read(ids)
@@ -103,9 +106,13 @@ class ColumnTable(AbstractShardedTable):
         if not (torch.is_grad_enabled() and rows.requires_grad):
             return rows.unbind(1), ids
         unique, there = ids.unique(return_inverse=True)
-        half = 2 * len(unique) < self.num_experts
+        learning = torch.zeros_like(unique, dtype=torch.bool)
+        learning[there[acting]] = True
+        if self.local.frozen is not None:
+            learning &= ~self.local.frozen[unique]
+        half = 2 * int(learning.sum()) < self.num_experts
         compact = self.local.gradient == "compact" or (self.local.gradient == "auto" and half)
-        return take_rows(rows, unique, self.local.frozen, compact=compact), there
+        return take_rows(rows, unique, learning, compact=compact), there
 
 
 class RowTable(AbstractShardedTable):
@@ -136,7 +143,7 @@ class RowTable(AbstractShardedTable):
     ) -> Float[Tensor, "tokens width"]:
         """sum_k w_k e_{indices_k}(x) for this process's tokens."""
         tokens = group_tokens(len(x), self.group, x.device)
-        ids = self._everybodys_ids(tokens, indices)
+        ids, _ = self._everybodys_ids(tokens, weights, indices)
         everybody = tokens.all(x) if self.parts > 1 else x.new_zeros(1, 1).expand(len(ids), self.width)
         gates = tokens.all(weights)
         here = (ids >= self.start) & (ids < self.end)

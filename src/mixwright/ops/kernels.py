@@ -27,8 +27,9 @@ SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
 SOURCES = tuple(NATIVE / name for name in (
     "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c", "row_update.c",
+    "product_key.c", "selected_scores.c",
 ))  # fmt: skip
-HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h"))
+HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h", "row_top.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class Kernels(NamedTuple):
     neurons_backward: Callable[..., None]
     sort_pairs: Callable[..., int]
     neurons_rows: Callable[..., None]
+    product_key: Callable[..., int]
+    route_few: Callable[..., int]
+    selected: Callable[..., None]
+    selected_backward: Callable[..., None]
     lagging_rows: Callable[..., int]
     adamw_rows: Callable[..., None]
     replay_rows: Callable[..., None]
@@ -64,6 +69,10 @@ _ARGUMENTS = {
     "neurons_backward": "p" * 10 + "i" * 8,
     "sort_pairs": "p" * 5 + "i" * 2,
     "neurons_rows": "p" * 8 + "i" * 6,
+    "product_key": "p" * 6 + "i" * 9,
+    "route_few": "p" * 8 + "i" * 10,
+    "selected": "p" * 5 + "i" * 7,
+    "selected_backward": "p" * 8 + "i" * 7,
     "lagging_rows": "ppiiippp",
     "adamw_rows": "p" * 5 + "iii" + "f" * 7 + "i",
     "replay_rows": "p" * 5 + "iii" + "p" * 5 + "ifi",
@@ -75,6 +84,8 @@ _RETURNS = {
     "add_lora": ctypes.c_int,
     "neurons": ctypes.c_int,
     "sort_pairs": ctypes.c_int64,
+    "product_key": ctypes.c_int,
+    "route_few": ctypes.c_int,
     "lagging_rows": ctypes.c_int64,
 }
 """What they return, where it is not nothing."""

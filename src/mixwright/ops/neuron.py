@@ -9,11 +9,11 @@ import logging
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from mixwright.ops import kernels
-from mixwright.ops.neuron_gradients import AbstractPasses, combine
+from mixwright.ops.neuron_gradients import AbstractPasses, Call, combine
 from mixwright.ops.neuron_kernel import CompiledPasses, fits
 from mixwright.ops.neuron_plain import PlainPasses, neurons_by_matmul
 from mixwright.ops.neuron_reference import ACTIVATIONS as ACTIVATIONS
@@ -50,6 +50,28 @@ def combine_neurons(
         with torch.autocast(x.device.type, enabled=False):
             return _combine(x, rows, weights, indices, activation, bias, gradient)
     return _combine(x, rows, weights, indices, activation, bias, gradient)
+
+
+def combine_quantised(
+    x: Float[Tensor, "tokens width"],
+    rows: Int8[Tensor, "experts parts width"],
+    scales: Float[Tensor, "experts parts"],
+    weights: Float[Tensor, "tokens k"],
+    indices: Int[Tensor, "tokens k"],
+    activation: Activation,
+    bias: Float[Tensor, "experts inputs"] | None = None,
+) -> Float[Tensor, "tokens width"] | None:
+    """The sum with rows of int8 times the scale of each, by the compiled path; None where it takes no such call.
+
+    It has no gradients.
+    """
+    asked = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if asked or not _simple(x, rows, weights, indices, bias) or not fits(x, rows, bias):
+        return None
+    native = kernels.kernel()
+    if native is None:
+        return None
+    return CompiledPasses(native).quantised(Call(x, rows, weights, indices, bias, activation), scales)
 
 
 def _combine(

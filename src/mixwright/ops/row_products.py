@@ -33,15 +33,15 @@ def row_sums(
 def take_rows(
     rows: Float[Tensor, "experts parts width"],
     ids: Int[Tensor, " unique"],
-    frozen: Bool[Tensor, " experts"] | None = None,
+    learning: Bool[Tensor, " unique"],
     *,
     compact: bool,
 ) -> tuple[Float[Tensor, "unique width"], ...]:
     """The rows `ids` (distinct, ascending), a tensor for each part.
 
-    The gradient is a coalesced sparse tensor of these rows alone if `compact`, and else dense; frozen rows get none.
+    Those that are `learning` get a gradient: a coalesced sparse tensor of them alone if `compact`, else a dense one.
     """
-    return _Take.apply(rows, ids, frozen, compact)  # type: ignore[no-any-return]
+    return _Take.apply(rows, ids, learning, compact)  # type: ignore[no-any-return]
 
 
 def _gathered(rows: Tensor, indices: Tensor, dtype: torch.dtype):
@@ -114,19 +114,16 @@ class _Sums(Function):
 
 class _Take(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ids: Tensor, frozen: Tensor | None, compact: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.save_for_backward(ids, frozen)
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, learning: Tensor, compact: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.save_for_backward(ids, learning)
         ctx.shape, ctx.compact = rows.shape, compact
         return tuple(rows[:, part].index_select(0, ids) for part in range(rows.shape[1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        ids, frozen = ctx.saved_tensors
-        values = torch.stack(gradients, 1)
-        if frozen is not None:
-            free = ~frozen[ids]
-            ids, values = ids[free], values[free]
+        ids, learning = ctx.saved_tensors
+        ids, values = ids[learning], torch.stack(gradients, 1)[learning]
         if ctx.compact:
             made = torch.sparse_coo_tensor(ids[None], values, ctx.shape, check_invariants=False, is_coalesced=True)
             return made, None, None, None

@@ -28,7 +28,7 @@ def wire_bytes(
     """
     others, share = float(processes - 1), (processes - 1) / processes
     inputs = itemsize * width if parts > 1 else 0
-    ids = 0 if backward else (4 if num_experts < 1 << 31 else 8) * k
+    ids = 0 if backward else (4 if num_experts <= 1 << 31 else 8) * k
     if by == "columns":
         return {
             "indices": ids * others,

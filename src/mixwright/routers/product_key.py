@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixwright.ops.product_key import ProductKeys, coverage, entropy, log_partition, product_key_top_k
-from mixwright.ops.selected_scores import selected_scores
+from mixwright.ops.product_key import coverage
+from mixwright.ops.route import Routed, route
 from mixwright.routers.base import WideBuffers
 from mixwright.routers.query_norm import KeyNormName, QueryNormName, known, make_key_norm, make_query_norm
 from mixwright.routers.remembered import version
@@ -15,7 +15,6 @@ from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_to
 from mixwright.routing import Condition
 
 GateName = Literal["softmax", "sigmoid", "relu", "renormalised", "one"]
-SCORE_BYTES = 1 << 20
 
 
 class ProductKeyRouter(WideBuffers, AbstractRetriever):
@@ -26,7 +25,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     `ablated` `(num_experts,)`: experts that are passed over, the next best in their places; None: nobody.
     `half_top_k`: only so many sub-keys of each half are candidates, where that is fewer than `top_k`. `separate_heads`:
     head h has experts of its own, whose ids begin at h * n1 * n2. Scores and gates are float32 or wider, under
-    autocast too. `extra_gate` `(heads,)`: see `methods/peer/growth.py`.
+    autocast too. `frozen_first`: so many leading sub-keys get no gradient. `extra`, `extra_gate`: slots of their
+    own for sub-keys that were added, see `methods/peer/growth.py`.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.queries = nn.Linear(d_in, heads * dim_key, bias=query_bias)
         self.norm = make_query_norm(query_norm, heads, dim_key)
         key_heads, half = 1 if share_keys else heads, dim_key // 2
+        self.frozen_first = 0
         self.norm_first, self.norm_second = make_key_norm(key_norm, half), make_key_norm(key_norm, half)
         self.keys_first = nn.Parameter(torch.empty(key_heads, self.grid[0], half))
         self.keys_second = nn.Parameter(torch.empty(key_heads, self.grid[1], half))
@@ -71,7 +72,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.register_buffer("ablated", None)
         self.register_buffer("extra", None)
         self.register_parameter("extra_gate", None)
-        self._open: tuple[Any, int] | None = None
+        self._open: tuple[Tensor, int | None, int] | None = None
 
     @property
     def extra_slots(self) -> tuple[int, int] | None:
@@ -105,12 +106,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         with torch.autocast(flat.device.type, enabled=False):
             first, second = self._keys()
             best = self._search(flat, first, second, k, detail=detail)
-            scores = best.scores
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, first, second)):
-                local = best.indices - self._offset(best.indices) if self.separate_heads else best.indices
-                exact = selected_scores(flat, first, second, local)
-                scores = exact.masked_fill(best.scores == -torch.inf, -torch.inf)
-            parts = (scores, self._gates(scores, k), best.indices, *best[2:])
+            parts = (best.scores, self._gates(best.scores, k), best.indices, *best[2:])
         return Retrieval(*(None if t is None else t.view(*shape, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
 
     def half_scores(
@@ -125,6 +121,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     def _keys(self) -> tuple[Tensor, Tensor]:
         """The sub-keys as they are compared."""
         first, second = wide(self.keys_first), wide(self.keys_second)
+        if self.frozen_first and torch.is_grad_enabled():
+            first = torch.cat([first[:, : self.frozen_first].detach(), first[:, self.frozen_first :]], 1)
         return (
             first if self.norm_first is None else self.norm_first(first),
             second if self.norm_second is None else self.norm_second(second),
@@ -143,62 +141,47 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
             return int(self.extra[0])
         if torch.compiler.is_compiling():
             return self.grid[0]
-        bias = self.bias_first
-        key = (id(bias), version(bias))
-        if self._open is None or self._open[0] != key or key[1] is None:
+        bias, seen = self.bias_first, self._open
+        if seen is None or seen[0] is not bias or seen[1] is None or seen[1] != version(bias):
             kept = (bias > -torch.inf).any(0).nonzero()
-            self._open = (key, int(kept[-1]) + 1 if len(kept) else self.grid[0])
-        return self._open[1]
+            seen = self._open = (bias, version(bias), int(kept[-1]) + 1 if len(kept) else self.grid[0])
+        return seen[2]
 
-    @torch.no_grad()
     def _search(self, queries: Tensor, first: Tensor, second: Tensor, k: int, *, detail: bool) -> "_Found":
-        """The best experts of each token and head, in pieces, so that never all scores lie in memory."""
-        bytes_each = self.heads * sum(self.grid) * queries.element_size()
-        piece = len(queries) if torch.compiler.is_compiling() else max(1, SCORE_BYTES // bytes_each)
-        found = [self._search_piece(part, first, second, k, detail) for part in queries.split(max(1, piece))]
-        if len(found) == 1:
-            return found[0]
-        return _Found(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
-
-    def _search_piece(self, queries: Tensor, first: Tensor, second: Tensor, k: int, detail: bool) -> "_Found":
-        one, two = self._half_scores(queries, first, second)
-        bias_one, bias_two = self.bias_first.to(one.dtype), self.bias_second.to(two.dtype)
-        slots = self.extra_slots
-        old = slice(None if slots is None else slots[0])
-        more = int(detail and k < one[..., old].shape[-1] * self.grid[1])
-        best = self._choose(one[..., old], two, bias_one[..., old], bias_two, k + more)
-        measures: tuple[Tensor | None, ...] = (None, None, None)
-        if detail:
-            measures = _measures(one[..., old], two, bias_one[..., old], bias_two, best.scores, k)
-            best = ProductKeys(best.scores[..., :k], best.indices[..., :k])
+        """The best experts of each token and head. New sub-keys, behind, are left off while nobody may choose them."""
+        slots, cut = self.extra_slots, self._settled()
+        if slots is None and k > cut * self.grid[1]:
+            cut = self.grid[0]
+        best = self._choose(queries, first, second, slice(cut), k, detail=detail)
         if slots is not None:
-            new = slice(slots[0], None)
-            added = self._choose(one[..., new], two, bias_one[..., new], bias_two, slots[1], slots[0] * self.grid[1])
-            best = ProductKeys(*(torch.cat(pair, -1) for pair in zip(best, added, strict=True)))
-        return _Found(best.scores, best.indices, *measures)
+            added = self._choose(queries, first, second, slice(cut, None), slots[1])
+            scores, indices = (torch.cat(pair, -1) for pair in zip(best[:2], added[:2], strict=True))
+            best = _Found(scores, indices, *best[2:])
+        return best
 
     def _choose(
-        self, first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, k: int, start: int = 0
-    ) -> ProductKeys:
-        """The k best with global ids; `start`: the id of the first expert of this part of the grid."""
-        if self.half_top_k is not None and self.half_top_k < k:
-            first_bias = first_bias + _only_best(first + first_bias, self.half_top_k)
-            second_bias = second_bias + _only_best(second + second_bias, self.half_top_k)
-        wanted, most = k, first.shape[-1] * second.shape[-1]
+        self, queries: Tensor, first: Tensor, second: Tensor, part: slice, k: int, *, detail: bool = False
+    ) -> "_Found":
+        """The k best with global ids among the experts of some sub-keys of the first axis."""
+        first, bias_first, bias_second = first[:, part], self.bias_first[:, part], self.bias_second
+        biases = [bias.to(queries.dtype) for bias in (bias_first, bias_second)]
+        most, start = first.shape[1] * second.shape[1], (part.start or 0) * second.shape[1]
+        wanted = min(k + detail, most)
         while True:
-            found = product_key_top_k(first, second, wanted, first_bias, second_bias)
+            found = route(queries, first, second, wanted, *biases, half_top_k=self.half_top_k, whole=detail)
             indices = found.indices + start
             if self.separate_heads:
                 indices = indices + self._offset(indices)
             if self.ablated is None:
-                return ProductKeys(found.scores, indices)
+                return _measured(found._replace(indices=indices), k)
             live = ~self.ablated[indices]
-            if wanted == most or bool((live.sum(-1) >= k).all()):
+            if wanted == most or bool((live.sum(-1) >= min(k + detail, most)).all()):
                 break
             wanted = min(most, 2 * wanted)
-        order = (~live).long().argsort(dim=-1, stable=True)[..., :k]
+        order = (~live).long().argsort(dim=-1, stable=True)[..., : k + detail]
         live, scores, indices = (t.gather(-1, order) for t in (live, found.scores, indices))
-        return ProductKeys(scores.masked_fill(~live, -torch.inf), torch.where(live, indices, indices[..., :1]))
+        indices = torch.where(live, indices, indices[..., :1])
+        return _measured(found._replace(scores=scores.masked_fill(~live, -torch.inf), indices=indices), k)
 
     def _offset(self, indices: Tensor) -> Tensor:
         """Where the ids of each head begin."""
@@ -214,7 +197,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         """What growth and ablation added is taken over from the state, more sub-keys on the first axis included."""
         keys = state_dict.get(f"{prefix}keys_first")
         if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
-            self.widen(keys.shape[1] - self.grid[0])
+            self.widen(self.keys_first.new_zeros(keys.shape[0], keys.shape[1] - self.grid[0], keys.shape[2]))
         for name in ("ablated", "extra"):
             held = state_dict.get(f"{prefix}{name}")
             if isinstance(held, Tensor) and getattr(self, name) is None:
@@ -224,13 +207,10 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
-    def widen(self, sub_keys: int) -> None:
-        """Room for more sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
-        keys, bias = self.keys_first, self.bias_first
-        drawn = torch.empty(keys.shape[0], sub_keys, keys.shape[2]).uniform_(
-            -(keys.shape[2] ** -0.5), keys.shape[2] ** -0.5
-        )
-        keys.data = torch.cat([keys.data, drawn.to(keys)], 1)
+    def widen(self, more: Float[Tensor, "key_heads new half"]) -> None:
+        """More sub-keys on the first axis, kept out by a bias of -inf; the parameter stays the same object."""
+        keys, bias, sub_keys = self.keys_first, self.bias_first, more.shape[1]
+        keys.data = torch.cat([keys.data, more.to(keys)], 1)
         keys.grad = None
         self.bias_first = torch.cat([bias, bias.new_full((bias.shape[0], sub_keys), -torch.inf)], 1)
         self.grid = (self.grid[0] + sub_keys, self.grid[1])
@@ -276,21 +256,18 @@ def _gate(kind: GateName, scores: Tensor) -> Tensor:
     return gates.masked_fill(~possible, 0.0)
 
 
-def _only_best(scores: Tensor, m: int) -> Tensor:
-    """0 for the m best, -inf for the others."""
-    kept = scores.topk(min(m, scores.shape[-1]), -1).indices
-    return torch.full_like(scores, -torch.inf).scatter(-1, kept, 0.0)
+def _measured(found: Routed, k: int) -> _Found:
+    """The k best of what was found, with the measures where the sums for them are there.
 
-
-def _measures(
-    first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor, scores: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coverage, entropy and margin, without sub-keys that are kept out; the margin is infinite where nobody is left."""
-    first = first.masked_fill(first_bias == -torch.inf, -torch.inf)
-    second = second.masked_fill(second_bias == -torch.inf, -torch.inf)
-    left = scores[..., k] if scores.shape[-1] > k else torch.full_like(scores[..., 0], -torch.inf)
-    margin = torch.where(left == -torch.inf, torch.inf, scores[..., k - 1] - left)
-    return coverage(scores[..., :k], log_partition(first, second)), entropy(first, second), margin
+    Sub-keys that are kept out do not count; the margin is infinite where nobody is left.
+    """
+    scores, indices = found.scores[..., :k], found.indices[..., :k]
+    if found.log_partition is None or found.entropy is None:
+        return _Found(scores, indices, None, None, None)
+    held = found.scores.detach()
+    left = held[..., k] if held.shape[-1] > k else torch.full_like(held[..., 0], -torch.inf)
+    margin = torch.where(left == -torch.inf, torch.inf, held[..., k - 1] - left)
+    return _Found(scores, indices, coverage(held[..., :k], found.log_partition), found.entropy, margin)
 
 
 def _check(d_in: int, grid: tuple[int, int], heads: int, top_k: int, dim_key: int, half_top_k: int | None) -> None:

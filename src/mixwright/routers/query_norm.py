@@ -134,7 +134,7 @@ class PastBatchQueryNorm(AbstractStandardised):
         return self._count_in(found)
 
     def _share(self) -> float | Tensor:
-        return (1 / (self.steps + 1)).clamp_min(self.momentum)
+        return (1 / (self.steps + 1).to(self.mean.dtype)).clamp_min(self.momentum)
 
 
 class TokenQueryNorm(AbstractQueryNorm):

@@ -1,8 +1,10 @@
 """A composed model whose experts are neurons: what can be asked of it, and done to it, beside running it."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +12,10 @@ from torch import Tensor
 from mixwright.composition.model import ComposedModel
 from mixwright.config import decode
 from mixwright.evaluation.neuron_sites import neurons_of, plain_router
+from mixwright.experts.disk_table import DiskTable, name_of, to_disk
 from mixwright.experts.neuron import NeuronExperts
+from mixwright.experts.quantised_table import in_fewer_bits
+from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.routers.product_key import ProductKeyRouter
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from mixwright.methods.peer.revival import Revived
 
 BIASES = (".bias_first", ".bias_second")
+FILE = "table.file"
 
 
 class PeerComposedModel(ComposedModel):
@@ -41,15 +47,43 @@ class PeerComposedModel(ComposedModel):
     def added_state(self) -> dict[str, Tensor]:
         """As of any composed model; a table that several sites share is there once, at the first of them.
 
-        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only.
+        Biases that keep sub-keys out are the lowest number of their type, since files hold finite numbers only. A table
+        on a disk is named and not copied. Raises ValueError for one that lies on several processes.
         """
         state, known = super().added_state(), set[int]()
         for site, (_, experts) in self.layers.items():
+            if experts.table.collective:
+                raise ValueError(
+                    f"the table at {site} lies on several processes; call experts.sharding.unshard(model) on all of "
+                    "them before saving, or experts.table_shards.save_tables(model, folder) for the tables alone."
+                )
             if id(experts.table) in known:
                 own = f"{site}.experts."
                 state = {name: t for name, t in state.items() if not (name.startswith(own) and ".table." in name)}
+            elif isinstance(experts.table, DiskTable):
+                inside = "experts." if f"{site}.experts.dense.rows" in state else ""  # of a dense branch's wrapping
+                state[f"{site}.experts.{inside}{FILE}"] = name_of(experts.table)
             known.add(id(experts.table))
         return {name: finite(tensor) if name.endswith(BIASES) else tensor for name, tensor in state.items()}
+
+    def quantize(self, dtype: Literal["int8", "bfloat16"] = "int8") -> "PeerComposedModel":
+        """Keep the rows in fewer bits from now on, as `PEER.quantize` does; returns this model."""
+        return self._with_tables(lambda table, _: in_fewer_bits(table, dtype))
+
+    def to_disk(self, folder: str | os.PathLike[str], cache_bytes: int = 1 << 26) -> "PeerComposedModel":
+        """Read the rows from files `<site>.rows` from now on, as `PEER.to_disk` does; returns this model. Saved, it
+        names the files."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return self._with_tables(lambda table, site: to_disk(table, Path(folder) / f"{site}.rows", cache_bytes))
+
+    def _with_tables(self, make: Callable[[AbstractTable, str], AbstractTable]) -> "PeerComposedModel":
+        """Every table anew, those that sites share once."""
+        made: dict[AbstractTable, AbstractTable] = {}
+        for site, (_, experts) in self.layers.items():
+            if experts.table not in made:
+                made[experts.table] = make(experts.table, site)
+            experts.table = made[experts.table]
+        return self
 
     def usage(self, *, detail: bool = True) -> AbstractContextManager["UsageMeter"]:
         """Inside the block every pass is counted: rows, sub-keys, coverage; see `evaluation.neuron_usage.usage`."""

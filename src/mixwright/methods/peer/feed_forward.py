@@ -6,7 +6,7 @@ one module does that; in BERT, OPT and BART two linear layers do, with the activ
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,13 +26,15 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 class Place:
     """A layer that experts stand for or beside: it answers at `path`, from width `d_in` to `d_out`.
 
-    `entry`: the path of its first half, where the backbone keeps it in two places; else empty.
+    `entry`: the path of its first half, where the backbone keeps it in two places; else empty. `passed`: what came in
+    and went out in a pass that was observed.
     """
 
     path: str
     d_in: int
     d_out: int
     entry: str = ""
+    passed: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 def feed_forwards(backbone: nn.Module) -> dict[str, Place]:
@@ -242,7 +244,7 @@ def _checked(place: Place, calls: Mapping[str, _Call], *, alone: bool) -> Place:
             f"it is called with {call.given} more argument(s) than its input, which experts in its place would ignore. "
             "Use mode='parallel' here, or name a feed-forward layer.",
         )
-    return replace(place, d_in=came.shape[-1], d_out=call.went.shape[-1])
+    return replace(place, d_in=came.shape[-1], d_out=call.went.shape[-1], passed=(came, call.went))
 
 
 def _shape(value: Any) -> str:

@@ -25,6 +25,7 @@ from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, observed, places
 from mixwright.methods.peer.layer import PEER
+from mixwright.methods.peer.presets import PRESETS
 from mixwright.ops.digest import fingerprint
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def compose(config: PeerConfig, backbones: Sequence[nn.Module], catalog: "Catalo
         check_shared(settled, table, width, path)
         with _drawn(settled.seed + number, device):
             layer = fresh_layer(settled, width, table if settled.shared_table else None)
+            if settled.mode == "replace" and not (settled.shared_table and table is not None):
+                take_its_size(layer, chosen[path], settled)
         table = layer.experts.table
         mixtures[path] = mixture_at(backbone, chosen[path], settled, layer.to(device))
     return PeerComposedModel(backbone, mixtures, (), _description(settled, backbone), seen).train(backbone.training)
@@ -67,6 +70,21 @@ def fresh_layer(config: PeerConfig, width: int, table: AbstractTable | None = No
     if config.table_dtype == "bfloat16":
         layer.experts.table.to(torch.bfloat16)
     return layer
+
+
+@torch.no_grad()
+def take_its_size(layer: PEER, place: Place, config: PeerConfig) -> None:
+    """Give the outputs the root mean square of those of the layer that it replaces, in the pass that was observed.
+
+    A layer that speaks ten times louder than the one before it drowns what the blocks around it say. Presets that draw
+    their own first values, and places whose pass is not known, keep the values that they have.
+    """
+    if place.passed is None or PRESETS[config.preset].draw is not None:
+        return
+    came, went = (tensor.detach().float().cpu() for tensor in place.passed)
+    size = float(went.square().mean().sqrt())
+    if size > 0 and not went.is_meta:
+        layer.eval().calibrate(came, size)
 
 
 def options_of(config: PeerConfig, width: int, grid: tuple[int, int]) -> dict[str, Any]:

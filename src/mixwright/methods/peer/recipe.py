@@ -13,6 +13,7 @@ from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.methods.peer.distil import match_replaced
 from mixwright.methods.peer.model import compose
+from mixwright.methods.peer.watch import Watch
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import Objective, ParamGroup, Stage
 
@@ -48,6 +49,7 @@ def groups(config: PeerConfig) -> tuple[ParamGroup, ...]:
 
 
 def _stage(name: str, config: PeerConfig, steps: int, objective: Objective) -> Stage:
+    watch = Watch()
     return Stage(
         name=name,
         groups=groups(config),
@@ -59,6 +61,9 @@ def _stage(name: str, config: PeerConfig, steps: int, objective: Objective) -> S
         weight_decay=config.weight_decay,
         choose_every=CHOOSE_EVERY,
         build=lambda backbone, seed, before: _started(backbone, config, seed, before),
+        watch=watch.look,
+        alarms=watch.alarms,
+        finish=lambda model, job: watch.end(),
     )
 
 

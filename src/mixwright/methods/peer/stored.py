@@ -11,8 +11,10 @@ from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
+from mixwright.experts.disk_table import by_name
+from mixwright.experts.quantised_table import QuantisedTable
 from mixwright.experts.table import AbstractTable
-from mixwright.methods.peer.composed import BIASES, PeerComposedModel, infinite
+from mixwright.methods.peer.composed import BIASES, FILE, PeerComposedModel, infinite
 from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
 from mixwright.methods.peer.layer import PEER
@@ -74,6 +76,9 @@ def _layer(config: PeerConfig, width: int, state: SiteState, path: str, table: A
             "SHAPE", path, f"a grid of {grid[0]} x {grid[1]} does not fit its config: {error}"
         ) from error
     experts = state.experts
+    if table is None:
+        table = _kept_otherwise(experts, layer.experts.table, path)
+        experts = {name: t for name, t in experts.items() if name != FILE}
     if table is not None:
         layer.experts.table = table
         experts = {**{f"{_TABLE}{name}": t for name, t in table.state_dict().items()}, **experts}
@@ -85,6 +90,25 @@ def _layer(config: PeerConfig, width: int, state: SiteState, path: str, table: A
     _fill(layer.router, router, path, "router")
     _fill(layer.experts, experts, path, "experts")
     return layer
+
+
+def _kept_otherwise(experts: Mapping[str, Tensor], wanted: AbstractTable, path: str) -> AbstractTable | None:
+    """The table, where it is in a file of its own or of eight bits."""
+    found: AbstractTable | None = None
+    if FILE in experts:
+        found = by_name(experts[FILE])
+    elif "table.scales" in experts:
+        rows, scales, bias = (experts.get(f"{_TABLE}{name}") for name in ("rows", "scales", "bias"))
+        if rows is None or rows.dtype != torch.int8 or rows.dim() != 3 or scales is None:
+            raise CatalogError("TENSOR", path, f"experts.{_TABLE}scales go with int8 rows of three axes; {_ADVICE}")
+        found = QuantisedTable(rows, scales, bias)
+    if found is not None and _size(found) != _size(wanted):
+        raise CatalogError("SHAPE", path, f"its table has {_size(found)}, its config wants {_size(wanted)}; {_ADVICE}")
+    return found
+
+
+def _size(table: AbstractTable) -> str:
+    return f"{table.num_experts} experts of {table.parts} rows of {table.width}"
 
 
 def _grid(state: SiteState, path: str) -> tuple[int, int]:
