@@ -6,6 +6,7 @@ the retrieved part, that is done.
 """
 
 import logging
+import os
 from functools import cache
 
 import torch
@@ -99,7 +100,8 @@ def passes_for(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:
         native = kernels.kernel()
         if native is not None:
             return CompiledPasses(native)
-        _say_plain(kernels.status())
+        if os.environ.get(kernels.SETTING) != "off":
+            _say_plain(kernels.status())
     return PlainPasses()
 
 
