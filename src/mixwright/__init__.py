@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mixwright.api import compose, evaluate, from_peft_poly, load, train
+    from mixwright.api import compose, convert, evaluate, from_peft_poly, load, train
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
@@ -34,6 +34,7 @@ __all__ = [
     "SupportSet",
     "__version__",
     "compose",
+    "convert",
     "evaluate",
     "from_peft_poly",
     "load",
@@ -53,6 +54,7 @@ _HOMES = {
     "RowwiseAdagrad": "training.row_optimizers",
     "SupportSet": "routing",
     "compose": "api",
+    "convert": "api",
     "evaluate": "api",
     "from_peft_poly": "api",
     "load": "api",

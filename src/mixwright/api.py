@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -105,6 +105,32 @@ def load(
 ) -> ComposedModel:
     """The composed model that `save_pretrained` or `push_to_hub` wrote: see `mixwright.artifact.load`."""
     return artifact.load(folder_or_repo, backbone=backbone, revision=revision, device_map=device_map, dtype=dtype)
+
+
+def convert(
+    backbone: nn.Module | str | Path,
+    data: Any = None,
+    *,
+    sites: str | Sequence[str] = "all",
+    top_k: int | None = None,
+    keep: int = 0,
+    grid: tuple[int, int] | None = None,
+    dim_key: int = 64,
+    gate: Literal["one", "sigmoid"] = "one",
+    fit_steps: int = 400,
+    tokens: int = 16384,
+    seed: int = 0,
+) -> ComposedModel:
+    """A backbone (a model, a folder or a hub id) with its feed-forward layers as PEER layers of their own neurons.
+
+    With `top_k` None it is the backbone up to rounding; see `mixwright.methods.peer.conversion.convert` for what is
+    given, and `Conversion` there for the same step by step.
+    """
+    from mixwright.methods.peer.conversion import convert as convert_layers
+
+    base = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    options: dict[str, Any] = {"sites": sites, "top_k": top_k, "keep": keep, "grid": grid, "dim_key": dim_key}
+    return convert_layers(base, data, **options, gate=gate, fit_steps=fit_steps, tokens=tokens, seed=seed)
 
 
 def from_peft_poly(

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
@@ -11,7 +13,8 @@ from mixwright.experts.base import AbstractExperts
 from mixwright.experts.dense_branch import DenseBranch
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.routers.product_key import ProductKeyRouter
-from mixwright.routers.retriever import AbstractRetriever
+from mixwright.routers.retriever import AbstractRetriever, counted_tokens
+from mixwright.routing import Condition
 
 ALONE = "layer"
 """What a layer is called that is the whole model."""
@@ -53,6 +56,15 @@ def plain_router(router: Any) -> ProductKeyRouter:
     while not isinstance(router, ProductKeyRouter):
         router = router.router
     return router
+
+
+def real_tokens(
+    x: Float[Tensor, "*batch d_in"], condition: Condition
+) -> tuple[Float[Tensor, "tokens d_in"], Bool[Tensor, " tokens"]]:
+    """What a router is given, flat, and which tokens are real."""
+    counted = counted_tokens(x.shape[:-1], condition)
+    flat = x.reshape(-1, x.shape[-1])
+    return flat, flat.new_ones(len(flat), dtype=torch.bool) if counted is None else counted.reshape(-1)
 
 
 def neurons_of(experts: Any) -> NeuronExperts:

@@ -51,14 +51,27 @@ class DenseBranch(AbstractExperts):
 
 
 class DenseNeurons(nn.Module):
-    """A feed-forward layer held as rows, `(neurons, parts, width)`, as neurons in a table are; all of them act."""
+    """sum_n act(<u_n, x> + b_n) v_n + c: a feed-forward layer held as rows, `(neurons, parts, width)`; all of them act.
 
-    def __init__(self, rows: Float[Tensor, "neurons parts width"], activation: Activation = "gelu") -> None:
+    Rows and `bias` are as those of a table.
+    """
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "neurons parts width"],
+        activation: Activation = "gelu",
+        bias: Float[Tensor, "neurons inputs"] | None = None,
+        out_bias: Float[Tensor, " width"] | None = None,
+    ) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.out_bias = None if out_bias is None else nn.Parameter(out_bias)
         self.activation: Activation = activation
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """sum_n act(<u_n, x>) v_n."""
+        """Every neuron acts."""
         before = torch.einsum("...d,npd->...np", x, self.rows[:, :-1].to(x.dtype))
-        return activate(before, self.activation) @ self.rows[:, -1].to(x.dtype)
+        before = before if self.bias is None else before + self.bias.to(x.dtype)
+        out = activate(before, self.activation) @ self.rows[:, -1].to(x.dtype)
+        return out if self.out_bias is None else out + self.out_bias.to(out.dtype)

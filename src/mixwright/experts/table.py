@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mixwright.ops.huge_pages import advise, on_huge_pages
+from mixwright.ops.huge_pages import SpareMemory, advise, on_huge_pages
 from mixwright.ops.neuron import Activation, Gradient, combine_neurons
 
 
@@ -64,6 +64,7 @@ class NeuronTable(AbstractTable):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.gradient: Gradient = "dense"
         self.before_read: list[Callable[[Tensor], None]] = []
+        self._spare = SpareMemory()
         self.frozen: Bool[Tensor, " experts"] | None
         self.provenance: Int[Tensor, "blocks fields"] | None
         self.register_buffer("frozen", None)
@@ -86,7 +87,7 @@ class NeuronTable(AbstractTable):
         if self.frozen is not None or first < self.num_experts:
             rows = cast(Tensor, _Rows.apply(rows, first, self.frozen))
             bias = None if bias is None else cast(Tensor, _Rows.apply(bias, first, self.frozen))
-        return combine_neurons(x, rows, weights, indices, activation, bias, gradient=self.gradient)
+        return combine_neurons(x, rows, weights, indices, activation, bias, gradient=self.gradient, spare=self._spare)
 
     @torch.no_grad()
     def take(
@@ -126,6 +127,12 @@ class NeuronTable(AbstractTable):
         if self.frozen is not None:
             self.frozen = torch.cat([self.frozen, self.frozen.new_zeros(len(rows))])
         self.num_experts += len(rows)
+
+    def train(self, mode: bool = True) -> "NeuronTable":
+        """In training the memory of the last step's gradient is kept for the next one's."""
+        if not mode:
+            self._spare.release()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronTable":
         """Rows that move stay on huge pages."""

@@ -6,8 +6,10 @@ had, the memory is as any other.
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,58 @@ def on_huge_pages(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> T
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.zeros`, but memory that nobody writes to is never touched; on huge pages."""
-    count = torch.Size(shape).numel()
-    size = count * dtype.itemsize
+    size = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu" or size < SIZE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(*shape, dtype=dtype, device=device)
+    return _tensor(_map(size), shape, dtype)
+
+
+class SpareMemory:
+    """Memory that is lent out again once every tensor on it is gone.
+
+    Memory fresh from the system is cleared a page at a time, which takes longer than most of what is written to it.
+    """
+
+    def __init__(self) -> None:
+        self._held: mmap.mmap | None = None
+        self._lent: weakref.ref[memoryview] | None = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with whatever was in its memory before."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if device.type != "cpu" or size < SIZE or not hasattr(mmap, "MAP_ANONYMOUS"):
+            return torch.empty(*shape, dtype=dtype, device=device)
+        if self._lent is not None and self._lent() is not None:
+            return _tensor(_map(size), shape, dtype)
+        if self._held is None or not size <= len(self._held) <= 4 * size:
+            self._held = None  # before the other is made
+            self._held = _map(size + size // 8)
+        view = memoryview(self._held)
+        self._lent = weakref.ref(view)
+        return _tensor(view, shape, dtype)
+
+    def release(self) -> None:
+        """Give back what is not lent out, and forget what is."""
+        self._held = self._lent = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpareMemory":
+        """A copy starts with none."""
+        return SpareMemory()
+
+    def __reduce__(self) -> tuple[type["SpareMemory"], tuple[()]]:
+        """Nothing of it is saved."""
+        return SpareMemory, ()
+
+
+def _map(size: int) -> mmap.mmap:
+    """Memory of zeros that takes no room until it is written to."""
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return advise(torch.frombuffer(held, dtype=dtype, count=count).view(*shape))
+    advise(torch.frombuffer(held, dtype=torch.uint8))
+    return held
+
+
+def _tensor(memory: mmap.mmap | memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel()).view(*shape)
 
 
 def advise(tensor: Tensor, *, collapse: bool = False) -> Tensor:

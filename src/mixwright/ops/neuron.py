@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixwright.ops import kernels
 from mixwright.ops.gpu import neuron_passes
+from mixwright.ops.huge_pages import SpareMemory
 from mixwright.ops.neuron_gradients import AbstractPasses, Call, combine
 from mixwright.ops.neuron_kernel import CompiledPasses, fits
 from mixwright.ops.neuron_plain import PlainPasses, neurons_by_matmul
@@ -39,18 +40,20 @@ def combine_neurons(
     bias: Float[Tensor, "experts inputs"] | None = None,
     *,
     gradient: Gradient = "dense",
+    spare: SpareMemory | None = None,
 ) -> Float[Tensor, "tokens width"]:
     """`neurons_reference` without its memory; the fastest path that takes these tensors.
 
     `gradient`: what `rows` get in the backward pass. `compact`: a coalesced sparse tensor of the rows that act, its ids
-    ascending. `auto`: compact below half of the rows. Pairs of weight 0 don't act. bfloat16 rows are summed in float32.
+    ascending. `auto`: compact below half of the rows. It is made in `spare` memory, if that is given. Pairs of weight 0
+    don't act. bfloat16 rows are summed in float32.
     """
     if not _simple(x, rows, weights, indices, bias):
         return neurons_reference(x, rows, weights, indices, activation, bias)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _combine(x, rows, weights, indices, activation, bias, gradient)
-    return _combine(x, rows, weights, indices, activation, bias, gradient)
+            return _combine(x, rows, weights, indices, activation, bias, gradient, spare)
+    return _combine(x, rows, weights, indices, activation, bias, gradient, spare)
 
 
 def combine_quantised(
@@ -83,11 +86,12 @@ def _combine(
     activation: Activation,
     bias: Tensor | None,
     gradient: Gradient,
+    spare: SpareMemory | None,
 ) -> Tensor:
     dense = gradient == "dense" or not (torch.is_grad_enabled() and rows.requires_grad)
     if dense and rows.shape[0] < DENSE_BELOW * indices.shape[1] and len(x) >= 8:
         return neurons_by_matmul(x, rows, weights, indices, activation, bias)
-    return combine(_passes(x, rows, bias), x, rows, weights, indices, activation, bias, gradient)
+    return combine(_passes(x, rows, bias), x, rows, weights, indices, activation, bias, gradient, spare)
 
 
 def _passes(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixwright.ops.huge_pages import zeros
+from mixwright.ops.huge_pages import SpareMemory, zeros
 from mixwright.ops.neuron_reference import Activation, Gradient, neurons_reference
 
 
@@ -68,10 +68,11 @@ def combine(
     activation: Activation,
     bias: Tensor | None,
     gradient: Gradient,
+    spare: SpareMemory | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """The sum, with gradients where any is asked for."""
+    """The sum, with gradients where any is asked for; those of the rows in `spare` memory."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, rows, weights, bias)):
-        return _Combine.apply(passes, activation, gradient, x, rows, weights, indices, bias)  # type: ignore[no-any-return]
+        return _Combine.apply(passes, activation, gradient, spare, x, rows, weights, indices, bias)  # type: ignore[no-any-return]
     return passes.forward(Call(x, rows, weights, indices, bias, activation), keep=False)[0]
 
 
@@ -84,6 +85,7 @@ class _Combine(torch.autograd.Function):
         passes: AbstractPasses,
         activation: Activation,
         gradient: Gradient,
+        spare: SpareMemory | None,
         x: Tensor,
         rows: Tensor,
         weights: Tensor,
@@ -91,7 +93,7 @@ class _Combine(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         out, before = passes.forward(Call(x, rows, weights, indices, bias, activation), keep=True)
-        ctx.passes, ctx.activation, ctx.gradient = passes, activation, gradient
+        ctx.passes, ctx.activation, ctx.gradient, ctx.spare = passes, activation, gradient, spare
         ctx.save_for_backward(x, rows, weights, indices, bias, before)
         return out
 
@@ -100,35 +102,52 @@ class _Combine(torch.autograd.Function):
         x, rows, weights, indices, bias, before = ctx.saved_tensors
         call = Call(x, rows, weights, indices, bias, ctx.activation)
         if torch.is_grad_enabled():
-            return None, None, None, *_by_reference(call, dy)
-        of_x, of_rows, of_weights, _, of_bias = ctx.needs_input_grad[3:]
+            return None, None, None, None, *_by_reference(call, dy)
+        of_x, of_rows, of_weights, _, of_bias = ctx.needs_input_grad[4:]
         with torch.autocast(x.device.type, enabled=False):
             dx, d_weights, factors = ctx.passes.backward(call, dy, before, of_x, of_weights)
             d_rows, d_bias = None, None
             if of_rows or of_bias:
-                d_rows, d_bias = _of_table(ctx.passes, call, dy, factors, ctx.gradient if of_rows else None, of_bias)
-        return None, None, None, dx, d_rows, d_weights, None, d_bias
+                gradient = ctx.gradient if of_rows else None
+                d_rows, d_bias = _of_table(ctx.passes, call, dy, factors, gradient, of_bias, ctx.spare or SpareMemory())
+        return None, None, None, None, dx, d_rows, d_weights, None, d_bias
 
 
 def _of_table(
-    passes: AbstractPasses, call: Call, dy: Tensor, factors: Tensor, gradient: Gradient | None, of_bias: bool
+    passes: AbstractPasses,
+    call: Call,
+    dy: Tensor,
+    factors: Tensor,
+    gradient: Gradient | None,
+    of_bias: bool,
+    spare: SpareMemory,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the rows and of the biases."""
-    grouped, size = passes.group(call), call.rows.shape
+    grouped, rows, d_rows, sparse = passes.group(call), call.rows, None, False
+    if gradient is not None:
+        many = 2 * len(grouped.ids) >= len(rows)
+        sparse = gradient == "compact" or (gradient == "auto" and not many)
+        if sparse:
+            d_rows = spare.empty((len(grouped.ids), *rows.shape[1:]), rows.dtype, rows.device)
+        elif many:  # most of it is written anyhow
+            d_rows = _clear_others(spare.empty(rows.shape, rows.dtype, rows.device), grouped.ids)
+        else:
+            d_rows = zeros(rows.shape, rows.dtype, rows.device)
     d_bias = torch.zeros_like(call.bias, dtype=factors.dtype) if of_bias and call.bias is not None else None
-    if gradient is None:
-        passes.reduce(call, dy, factors, grouped, None, d_bias)
-        return None, d_bias
-    compact = gradient == "compact" or (gradient == "auto" and 2 * len(grouped.ids) < size[0])
-    if compact:
-        values = call.rows.new_empty((len(grouped.ids), *size[1:]))
-    else:
-        values = zeros(size, call.rows.dtype, call.rows.device)
-    passes.reduce(call, dy, factors, grouped, values, d_bias)
-    if compact:
-        where = grouped.ids[None]
-        values = torch.sparse_coo_tensor(where, values, size, is_coalesced=True, check_invariants=False)
-    return values, None if d_bias is None or call.bias is None else d_bias.to(call.bias.dtype)
+    passes.reduce(call, dy, factors, grouped, d_rows, d_bias)
+    if sparse:
+        assert d_rows is not None
+        d_rows = torch.sparse_coo_tensor(
+            grouped.ids[None], d_rows, rows.shape, is_coalesced=True, check_invariants=False
+        )
+    return d_rows, None if d_bias is None or call.bias is None else d_bias.to(call.bias.dtype)
+
+
+def _clear_others(d_rows: Tensor, ids: Tensor) -> Tensor:
+    """Zeros in the rows that no id names."""
+    others = torch.ones(len(d_rows), dtype=torch.bool, device=d_rows.device)
+    others[ids] = False
+    return d_rows.index_fill_(0, others.nonzero().squeeze(-1), 0)
 
 
 def outside(call: Call) -> IndexError:

@@ -85,20 +85,20 @@ class PlainPasses(AbstractPasses):
         if d_rows is None or not len(grouped.ids):
             return
         compact = len(d_rows) == len(grouped.ids)
+        tokens, step = grouped.pairs // k, max(1, 4 * GATHERED // (d_rows.shape[2] * factors.element_size()))
         for j in range(inputs + 1):
-            source = (call.x if j < inputs else dy).to(factors.dtype).contiguous()
-            found = functional.embedding_bag(
-                grouped.pairs // k,
-                source,
-                grouped.starts,
-                mode="sum",
-                per_sample_weights=own[:, j].contiguous(),
-                include_last_offset=True,
-            ).to(d_rows.dtype)
-            if compact:
-                d_rows[:, j] = found
-            else:
-                d_rows[:, j].index_copy_(0, grouped.ids, found)
+            source, weights = (call.x if j < inputs else dy).to(factors.dtype).contiguous(), own[:, j].contiguous()
+            for at in range(0, len(grouped.ids), step):
+                starts = grouped.starts[at : at + step + 1]
+                of = slice(int(starts[0]), int(starts[-1]))
+                found = functional.embedding_bag(
+                    tokens[of], source, starts - starts[0], mode="sum", per_sample_weights=weights[of],
+                    include_last_offset=True,
+                ).to(d_rows.dtype)  # fmt: skip
+                if compact:
+                    d_rows[at : at + step, j] = found
+                else:
+                    d_rows[:, j].index_copy_(0, grouped.ids[at : at + step], found)
 
 
 def neurons_by_matmul(

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixwright.routers.base import WideBuffers
+from mixwright.routers.around import AbstractAround
 from mixwright.routers.product_key import ProductKeyRouter
-from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
+from mixwright.routers.retriever import Retrieval, counted_tokens
 from mixwright.routing import Condition
 
 
-class AdaptiveRouter(WideBuffers, AbstractRetriever):
+class AdaptiveRouter(AbstractAround):
     """The smallest k <= max_k whose coverage reaches `coverage`, for each head: top-p over a million experts, exactly.
 
     Experts beyond it get weights of exactly zero, so that nobody reads their rows, and the softmax is over those that
@@ -20,8 +20,7 @@ class AdaptiveRouter(WideBuffers, AbstractRetriever):
     """
 
     def __init__(self, router: ProductKeyRouter, coverage: float, max_k: int) -> None:
-        super().__init__()
-        check_softmax(router.gate, "AdaptiveRouter")
+        super().__init__(router)
         if not 1 <= max_k <= router.num_experts:
             raise ValueError(f"max_k={max_k}: expected 1 to {router.num_experts}, the experts of the grid.")
         if not coverage >= 0:
@@ -30,8 +29,6 @@ class AdaptiveRouter(WideBuffers, AbstractRetriever):
             raise ValueError(
                 "AdaptiveRouter: experts that growth gave slots of their own are not among the k; admit them."
             )
-        self.router = router
-        self.grid, self.heads, self.num_experts = router.grid, router.heads, router.num_experts
         self.coverage: Float[Tensor, ""]
         self.max_k: Int[Tensor, ""]
         self.register_buffer("coverage", torch.tensor(coverage, dtype=torch.float32))
@@ -51,12 +48,3 @@ class AdaptiveRouter(WideBuffers, AbstractRetriever):
         kept = masses.masked_fill(left_out, 0.0).sum(-1).clamp_max(1.0).float()
         found = replace(found, gates=gates, coverage=kept, margin=None)
         return found.counting(counted_tokens(x.shape[:-1], condition))
-
-
-def check_softmax(gate: str, who: str) -> None:
-    """Raises ValueError for gates other than softmax: coverage, a share of the softmax, says nothing about them."""
-    if gate != "softmax":
-        raise ValueError(
-            f"{who}: coverage is the share of the softmax that was retrieved, and this router's gates are {gate!r}; "
-            "compose with gate='softmax'."
-        )

@@ -3,7 +3,7 @@
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mixwright.ops.product_key import coverage
@@ -26,7 +26,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     `half_top_k`: only so many sub-keys of each half are candidates, where that is fewer than `top_k`. `separate_heads`:
     head h has experts of its own, whose ids begin at h * n1 * n2. Scores and gates are float32 or wider, under
     autocast too. `frozen_first`: so many leading sub-keys get no gradient. `extra`, `extra_gate`: slots of their
-    own for sub-keys that were added, see `methods/peer/growth.py`.
+    own for sub-keys that were added, see `methods/peer/growth.py`. `always`: ids of experts that act on every token
+    with a gate of 1, beside those that the first head finds; ablate them, or they may act twice.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         self.register_buffer("bias_second", torch.zeros(key_heads, self.grid[1]))
         self.register_buffer("ablated", None)
         self.register_buffer("extra", None)
+        self.always: Int[Tensor, " always"] | None
+        self.register_buffer("always", None)
         self.register_parameter("extra_gate", None)
         self._open: tuple[Tensor, int | None, int] | None = None
 
@@ -106,7 +109,10 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         with torch.autocast(flat.device.type, enabled=False):
             first, second = self._keys()
             best = self._search(flat, first, second, k, detail=detail)
-            parts = (best.scores, self._gates(best.scores, k), best.indices, *best[2:])
+            scores, gates, indices = best.scores, self._gates(best.scores, k), best.indices
+            if self.always is not None:
+                scores, gates, indices = self._beside(self.always, scores, gates, indices)
+            parts = (scores, gates, indices, *best[2:])
         return Retrieval(*(None if t is None else t.view(*shape, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
 
     def half_scores(
@@ -187,6 +193,17 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         """Where the ids of each head begin."""
         return torch.arange(self.heads, device=indices.device)[:, None] * (self.grid[0] * self.grid[1])
 
+    def _beside(self, always: Tensor, scores: Tensor, gates: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts that always act, in places of their own after what was found; their scores are told as 0."""
+        ids = always.expand(*indices.shape[:-1], -1)
+        on = gates.new_zeros(ids.shape)
+        on[..., 0, :] = 1.0
+        return (
+            torch.cat([scores, scores.new_zeros(ids.shape)], -1),
+            torch.cat([gates, on], -1),
+            torch.cat([indices, ids], -1),
+        )
+
     def _gates(self, scores: Tensor, k: int) -> Tensor:
         if self.extra_gate is None:
             return _gate(self.gate, scores)
@@ -198,7 +215,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         keys = state_dict.get(f"{prefix}keys_first")
         if isinstance(keys, Tensor) and keys.dim() == 3 and keys.shape[1] > self.grid[0] and not self.separate_heads:
             self.widen(self.keys_first.new_zeros(keys.shape[0], keys.shape[1] - self.grid[0], keys.shape[2]))
-        for name in ("ablated", "extra"):
+        for name in ("ablated", "extra", "always"):
             held = state_dict.get(f"{prefix}{name}")
             if isinstance(held, Tensor) and getattr(self, name) is None:
                 self.register_buffer(name, torch.zeros_like(held, device=self.keys_first.device))

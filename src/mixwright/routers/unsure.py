@@ -12,25 +12,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixwright.routers.adaptive import check_softmax
-from mixwright.routers.base import WideBuffers
+from mixwright.routers.around import AbstractAround
 from mixwright.routers.product_key import ProductKeyRouter
-from mixwright.routers.retriever import AbstractRetriever, Retrieval, counted_tokens
+from mixwright.routers.retriever import Retrieval, counted_tokens
 from mixwright.routing import Condition
 
 
-class AbstractUnsureRouter(WideBuffers, AbstractRetriever):
+class AbstractUnsureRouter(AbstractAround):
     """Flags heads whose coverage is below their entry in `thresholds`, and does something about them."""
 
     def __init__(self, router: ProductKeyRouter, thresholds: Float[Tensor, " heads"]) -> None:
-        super().__init__()
-        check_softmax(router.gate, type(self).__name__)
+        super().__init__(router)
         if thresholds.shape != (router.heads,):
             raise ValueError(
                 f"thresholds of shape {tuple(thresholds.shape)}: expected one for each of the {router.heads} heads."
             )
-        self.router = router
-        self.grid, self.heads, self.num_experts = router.grid, router.heads, router.num_experts
         self.thresholds: Float[Tensor, " heads"]
         self.register_buffer("thresholds", thresholds.detach().clone().float())
 
@@ -116,7 +112,12 @@ class LeaningRouter(AbstractUnsureRouter):
 
     def __init__(self, router: ProductKeyRouter, thresholds: Float[Tensor, " heads"]) -> None:
         super().__init__(router, thresholds)
-        self.num_experts = router.num_experts + 1
+        self.register_buffer("leaning", torch.ones((), dtype=torch.bool))  # tells what it is, among stored tensors
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the grid, and the branch."""
+        return self.router.num_experts + 1
 
     def helped(self, queries: Float[Tensor, "*batch heads 2 half"], found: Retrieval) -> Retrieval:
         """With the weight of the dense branch."""

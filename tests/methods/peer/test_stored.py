@@ -126,7 +126,7 @@ def test_what_happened_since_is_kept(tmp_path: Path) -> None:
     experts.table.frozen = torch.arange(64) < 9  # type: ignore[assignment]
     model.ablate([1, 2, 3])
     inputs = example_inputs(model.backbone, 5)
-    thresholds = model.calibrate([inputs], 0.5)
+    thresholds = model.coverage_thresholds([inputs], 0.5)
     model.widen_unsure(thresholds, 8)
     found = again(model, tmp_path / "saved")
     assert torch.equal(output(found), output(model))

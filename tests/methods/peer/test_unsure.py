@@ -11,12 +11,12 @@ from mixwright.experts.dense_branch import DenseNeurons
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.table import initial_rows
 from mixwright.methods.peer.unsure import (
-    calibrate,
+    coverage_thresholds,
     flag_unsure,
     lean_unsure,
     retrieve_adaptively,
     retrieve_plainly,
-    unwrapped,
+    taken_apart,
     widen_unsure,
 )
 from mixwright.methods.peer.usage import forget_usage, keep_usage, kept_usage
@@ -31,7 +31,7 @@ def dense() -> dict[str, DenseNeurons]:
 
 def test_thresholds_flag_the_wanted_share_of_each_head_of_each_layer() -> None:
     model, data = neuron_model(), batches(6)
-    limits = calibrate(model, data, quantile=0.2)
+    limits = coverage_thresholds(model, data, quantile=0.2)
     assert {site: limit.shape for site, limit in limits.items()} == dict.fromkeys(SITES, (2,))
     assert len({round(float(v), 6) for limit in limits.values() for v in limit}) == 4
     flag_unsure(model, limits)
@@ -42,14 +42,14 @@ def test_thresholds_flag_the_wanted_share_of_each_head_of_each_layer() -> None:
         share = meter[site].flagged
         assert share is not None and meter[site].tokens == 6 * 30
         torch.testing.assert_close(share, torch.full((2,), 0.2).double(), atol=0.01, rtol=0)
-    none = calibrate(model, data, quantile=0.0)
+    none = coverage_thresholds(model, data, quantile=0.0)
     flag_unsure(model, none)
     with usage(model) as meter:
         for batch in data:
             model(**batch)
     assert all(not found.flagged.any() for found in meter.usage().values())  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="quantile=1.5"):
-        calibrate(model, data, 1.5)
+        coverage_thresholds(model, data, 1.5)
 
 
 @pytest.mark.parametrize("fallback", ["flag", "widen", "lean", "adaptive"])
@@ -68,7 +68,7 @@ def test_a_threshold_of_zero_is_the_plain_model_to_the_bit(fallback: str) -> Non
     if fallback == "adaptive":
         retrieve_adaptively(model, 0.3, 4)
     else:
-        put[fallback](calibrate(model, [batch], 0.3))
+        put[fallback](coverage_thresholds(model, [batch], 0.3))
     assert torch.equal(model(**batch).logits, plain) == (fallback == "flag")
     retrieve_plainly(model)
     assert torch.equal(model(**batch).logits, plain)
@@ -79,7 +79,7 @@ def test_a_threshold_of_zero_is_the_plain_model_to_the_bit(fallback: str) -> Non
 @pytest.mark.parametrize("fallback", ["plain", "flag", "widen", "lean", "adaptive"])
 def test_what_stands_around_a_router_comes_back_from_its_tensors(fallback: str) -> None:
     model, batch = neuron_model(), batches(1)[0]
-    limits = calibrate(model, [batch], 0.3)
+    limits = coverage_thresholds(model, [batch], 0.3)
     if fallback == "flag":
         flag_unsure(model, limits)
     elif fallback == "widen":
@@ -95,10 +95,10 @@ def test_what_stands_around_a_router_comes_back_from_its_tensors(fallback: str) 
             {name.removeprefix(f"{site}.{part}."): t for name, t in state.items() if name.startswith(f"{site}.{part}.")}
             for part in ("router", "experts")
         ]
-        router, experts, wrapping = unwrapped(*parts, "gelu")
+        router, experts, around = taken_apart(*parts, "gelu")
         mixture.router.load_state_dict(router)
         mixture.experts.load_state_dict(experts)
-        mixture.router, mixture.experts = wrapping.router(mixture.router), wrapping.experts(mixture.experts)
+        mixture.router, mixture.experts = around.router(mixture.router), around.experts(mixture.experts)
         assert type(mixture.router) is type(model.mixtures[site].router)
     assert torch.equal(other(**batch).logits, logits)
 

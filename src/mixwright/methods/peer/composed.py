@@ -1,10 +1,9 @@
 """A composed model whose experts are neurons: what can be asked of it, and done to it, beside running it."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,19 +16,17 @@ from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import PeerConfig
+from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.routers.product_key import ProductKeyRouter
 
 if TYPE_CHECKING:
-    from mixwright.evaluation.neuron_usage import SiteUsage, UsageMeter
-    from mixwright.evaluation.neurons import NeuronTrace
-    from mixwright.methods.peer.rebalance import Rebalancer
-    from mixwright.methods.peer.revival import Revived
+    from mixwright.evaluation.neuron_usage import UsageMeter
 
 BIASES = (".bias_first", ".bias_second")
 FILE = "table.file"
 
 
-class PeerComposedModel(ComposedModel):
+class PeerComposedModel(NeuronVerbs, ComposedModel):
     """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number at a site."""
 
     @property
@@ -85,77 +82,11 @@ class PeerComposedModel(ComposedModel):
             experts.table = made[experts.table]
         return self
 
-    def usage(self, *, detail: bool = True) -> AbstractContextManager["UsageMeter"]:
-        """Inside the block every pass is counted: rows, sub-keys, coverage; see `evaluation.neuron_usage.usage`."""
-        from mixwright.evaluation.neuron_usage import usage
-
-        return usage(self, detail=detail)
-
     def keep_usage(self, *, detail: bool = False) -> "UsageMeter":
         """Count every pass from now on, in what `save_pretrained` writes; see `usage.keep_usage`."""
         from mixwright.methods.peer.usage import keep_usage
 
         return keep_usage(self, detail=detail)
-
-    def explain(self, *inputs: Any, **named: Any) -> "dict[str, NeuronTrace]":
-        """Site -> which neurons did what in one pass; their parts sum to the output; see `tracing.explain`."""
-        from mixwright.methods.peer.tracing import explain
-
-        return explain(self, *inputs, **named)
-
-    def ablate(self, ids: Iterable[int] | Tensor, site: str | None = None) -> None:
-        """Let these neurons never be retrieved again; see `tracing.ablate`."""
-        from mixwright.methods.peer.tracing import ablate
-
-        ablate(self, ids, site)
-
-    def unablate(self, ids: Iterable[int] | Tensor | None = None, site: str | None = None) -> None:
-        """Let these neurons, or all, be retrieved again."""
-        from mixwright.methods.peer.tracing import unablate
-
-        unablate(self, ids, site)
-
-    def ablated(self, ids: Iterable[int] | Tensor, site: str | None = None) -> AbstractContextManager[None]:
-        """Inside the block these neurons are never retrieved."""
-        from mixwright.methods.peer.tracing import ablated
-
-        return ablated(self, ids, site)
-
-    def calibrate(self, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
-        """Site -> coverage of each head below which this share of the tokens of `data` lies; see `unsure.calibrate`."""
-        from mixwright.methods.peer.unsure import calibrate
-
-        return calibrate(self, data, quantile)
-
-    def widen_unsure(self, thresholds: Mapping[str, Tensor], wider: int) -> None:
-        """Let heads whose coverage is below their threshold retrieve more experts; see `unsure.widen_unsure`."""
-        from mixwright.methods.peer.unsure import widen_unsure
-
-        widen_unsure(self, thresholds, wider)
-
-    def retrieve_adaptively(self, coverage: float, max_k: int) -> None:
-        """Let every head retrieve as few experts as hold this share of its softmax; see `unsure`."""
-        from mixwright.methods.peer.unsure import retrieve_adaptively
-
-        retrieve_adaptively(self, coverage, max_k)
-
-    def retrieve_plainly(self) -> None:
-        """Take every fallback and adaptive router out again."""
-        from mixwright.methods.peer.unsure import retrieve_plainly
-
-        retrieve_plainly(self)
-
-    def rebalancing(self, rate: float = 0.01) -> AbstractContextManager["Rebalancer"]:
-        """Inside the block sub-keys are balanced by selection bias, step by step; see `rebalance.rebalancing`."""
-        from mixwright.methods.peer.rebalance import rebalancing
-
-        return rebalancing(self, rate)
-
-    def revive(self, data: Iterable[Any], used: "Mapping[str, SiteUsage]", **options: Any) -> "Revived":
-        """Give dead sub-keys a new direction and their rows new content, neutral at first; see `revival.revive`."""
-        from mixwright.methods.peer.revival import revive
-
-        return revive(self, data, used, **options)
 
 
 def finite(bias: Tensor) -> Tensor:

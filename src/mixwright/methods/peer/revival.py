@@ -15,12 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
-from mixwright.evaluation.neuron_sites import NeuronSite, neuron_sites, neurons_of, plain_router
+from mixwright.evaluation.neuron_sites import NeuronSite, neuron_sites, neurons_of, plain_router, real_tokens
 from mixwright.evaluation.neuron_usage import SiteUsage
 from mixwright.experts.table import NeuronTable
 from mixwright.ops.k_means import k_means
 from mixwright.routers.product_key import ProductKeyRouter
-from mixwright.routers.retriever import counted_tokens
 from mixwright.routing import Condition
 
 POOL = 8192
@@ -127,13 +126,12 @@ def _pools(
     model: nn.Module, sites: Mapping[str, NeuronSite], data: Iterable[Any], losses: Sequence[Tensor] | None
 ) -> dict[str, _Pool]:
     """What every site saw of `data`, in eval mode."""
-    seen: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in sites}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sites}
 
     def keeper(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, Condition]) -> None:
             del module
-            x, counted = args[0], counted_tokens(args[0].shape[:-1], args[1])
-            seen[name].append((x.reshape(-1, x.shape[-1]), None if counted is None else counted.reshape(-1)))
+            seen[name].append(real_tokens(*args))
 
         return keep
 
@@ -142,32 +140,28 @@ def _pools(
         with eval_mode(model):
             for inputs in data:
                 model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-            return {name: _pool(plain_router(sites[name].router), passes, losses) for name, passes in seen.items()}
     finally:
         for hook in hooks:
             hook.remove()
+    with eval_mode(model):
+        return {name: _pool(plain_router(sites[name].router), passes, losses) for name, passes in seen.items()}
 
 
-def _pool(
-    router: ProductKeyRouter, passes: Sequence[tuple[Tensor, Tensor | None]], losses: Sequence[Tensor] | None
-) -> _Pool:
-    kept = [x if counted is None else x[counted] for x, counted in passes]
-    inputs = torch.cat(kept)[:POOL]
+def _pool(router: ProductKeyRouter, passes: Sequence[tuple[Tensor, Tensor]], losses: Sequence[Tensor] | None) -> _Pool:
+    x, counted = (torch.cat(parts) for parts in zip(*passes, strict=True))
+    inputs = x[counted][:POOL]
     queries = router.asked(inputs, Condition())
     coverage = router.find(queries, detail=True).coverage
     assert coverage is not None
     first, second = router.half_scores(inputs, Condition())
     hard = -coverage.mean(-1)
     if losses is not None:
-        given = [part.reshape(-1) for part in losses]
-        if [len(part) for part in given] != [len(x) for x, _ in passes]:
+        given = torch.cat([part.reshape(-1) for part in losses])
+        if len(given) != len(x):
             raise ValueError(
-                f"losses for {sum(map(len, given))} tokens in {len(given)} tensors, but the data has "
-                f"{sum(len(x) for x, _ in passes)} in {len(passes)} passes; give one loss for each token, padding too."
+                f"{len(given)} losses, but the data has {len(x)} tokens; give one loss for each token, padding too."
             )
-        hard = torch.cat(
-            [part if counted is None else part[counted] for part, (_, counted) in zip(given, passes, strict=True)]
-        )[:POOL]
+        hard = given[counted][:POOL]
     spread = tuple(float(half.max() - half.min()) for half in (first, second))
     return _Pool(inputs=inputs, queries=queries, coverage=coverage, hard=hard, spread=spread)  # type: ignore[arg-type]
 

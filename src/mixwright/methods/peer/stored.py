@@ -11,6 +11,7 @@ from mixwright.composition.model import Composition
 from mixwright.composition.probe import probe
 from mixwright.composition.restoring import SiteState, by_site, of_whole
 from mixwright.errors import CatalogError
+from mixwright.evaluation.neuron_sites import plain_router
 from mixwright.experts.disk_table import by_name
 from mixwright.experts.quantised_table import QuantisedTable
 from mixwright.experts.table import AbstractTable
@@ -19,7 +20,7 @@ from mixwright.methods.peer.config import METHOD, PeerConfig
 from mixwright.methods.peer.feed_forward import Place, feed_forwards, observed
 from mixwright.methods.peer.layer import PEER
 from mixwright.methods.peer.model import device_at, mixture_at, options_of, width_of
-from mixwright.methods.peer.unsure import unwrapped
+from mixwright.methods.peer.unsure import Around, taken_apart
 
 KEYS = ("keys_first", "keys_second")
 
@@ -50,19 +51,33 @@ def restore(
     table: AbstractTable | None = None
     for path in seen.sites:
         width, device = width_of(chosen[path]), device_at(backbone, path)
-        router, experts, around = unwrapped(stored[path].router, stored[path].experts, settled.layer["activation"])
+        plain, around = _plain(settled, stored[path], path)
         shared = table if settled.shared_table else None
-        layer = _layer(settled, width, SiteState(router, experts), path, shared)
+        layer = _layer(settled, width, plain, path, shared)
         table = layer.experts.table
-        mixture = mixture_at(backbone, chosen[path], settled, layer)
-        mixture.router, mixture.experts = around.router(layer.router), around.experts(layer.experts)
-        mixtures[path] = mixture
-        for part in (mixture.router, mixture.experts):
-            part.to(device)
+        mixtures[path] = mixture_at(backbone, chosen[path], settled, layer)
+        _put_around(mixtures[path], around, path, device)
     described = Composition(method=METHOD.name, config=asdict(settled), citation=METHOD.paper.bibtex)
     model = PeerComposedModel(backbone, mixtures, (), described, seen).train(backbone.training)
     model.whole.update(whole)
     return model
+
+
+def _plain(config: PeerConfig, state: SiteState, path: str) -> tuple[SiteState, Around]:
+    """The tensors of the site's layer by itself, and the fallback or adaptive router around it."""
+    try:
+        router, experts, around = taken_apart(state.router, state.experts, config.layer["activation"])
+    except ValueError as error:
+        raise CatalogError("TENSOR", path, f"{error} {_ADVICE}") from error
+    return SiteState(router, experts), around
+
+
+def _put_around(mixture: Mixture, around: Around, path: str, device: torch.device) -> None:
+    try:
+        router, experts = around.router(plain_router(mixture.router)), around.experts(mixture.experts)
+    except ValueError as error:
+        raise CatalogError("SHAPE", path, f"{error} {_ADVICE}") from error
+    mixture.router, mixture.experts = router.to(device), experts.to(device)
 
 
 def _layer(config: PeerConfig, width: int, state: SiteState, path: str, table: AbstractTable | None) -> PEER:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
-from mixwright.evaluation.neuron_sites import neuron_sites, plain_router
+from mixwright.evaluation.neuron_sites import neuron_sites, plain_router, real_tokens
 from mixwright.evaluation.neurons import NeuronTrace, trace_neurons
 from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routing import Condition
@@ -47,21 +47,29 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, NeuronTra
 
     In a composed model tokens that an attention mask leaves out have gates of zero.
     """
-    sites, seen = neuron_sites(model), dict[str, tuple[Tensor, Condition]]()
+    sites = neuron_sites(model)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def keeper(name: str) -> Any:
-        return lambda module, args: seen.__setitem__(name, args)  # type: ignore[no-any-return]
+        def keep(module: nn.Module, args: tuple[Tensor, Condition]) -> None:
+            del module
+            seen.setdefault(name, []).append(real_tokens(*args))
+
+        return keep
 
     hooks = [site.router.register_forward_pre_hook(keeper(name)) for name, site in sites.items()]
     try:
         with eval_mode(model):
             model(*inputs, **named)
-            return {
-                name: trace_neurons(sites[name].router, sites[name].experts, *given) for name, given in seen.items()
-            }
     finally:
         for hook in hooks:
             hook.remove()
+    traces: dict[str, NeuronTrace] = {}
+    with eval_mode(model):
+        for name, passes in seen.items():
+            x, counted = (torch.cat(parts)[None] for parts in zip(*passes, strict=True))  # a layer may take pieces
+            traces[name] = trace_neurons(sites[name].router, sites[name].experts, x, Condition(token_mask=counted))
+    return traces
 
 
 def _routers(model: nn.Module, site: str | None) -> list[ProductKeyRouter]:

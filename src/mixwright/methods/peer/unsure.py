@@ -21,8 +21,11 @@ from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routers.retriever import AbstractRetriever
 from mixwright.routers.unsure import FlaggingRouter, LeaningRouter, WideningRouter
 
+OWN = ("coverage", "max_k", "thresholds", "wider", "leaning")
+"""Names of what the routers around a router hold."""
 
-def calibrate(model: nn.Module, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
+
+def coverage_thresholds(model: nn.Module, data: Iterable[Any], quantile: float) -> dict[str, Tensor]:
     """Site -> thresholds `(heads,)` that the `quantile` share of the tokens of `data` falls below, plainly retrieved.
 
     Fallbacks and adaptive routers are taken out of `model`. Raises ValueError for a quantile outside 0 to 1.
@@ -70,42 +73,53 @@ def retrieve_adaptively(model: nn.Module, coverage: float, max_k: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapping:
+class Around:
     """What stood around a stored site's plain router and neurons, to be put around them again."""
 
     router: Callable[[ProductKeyRouter], AbstractRetriever]
     experts: Callable[[AbstractExperts], AbstractExperts]
 
 
-def unwrapped(
+def taken_apart(
     router: Mapping[str, Tensor], experts: Mapping[str, Tensor], activation: Activation
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Wrapping]:
-    """The stored tensors of a plain router and its neurons, and what stood around them."""
-    wrap_router: Callable[[ProductKeyRouter], AbstractRetriever] = lambda plain: plain  # noqa: E731  (one of several)
-    if "coverage" in router:
-        wanted, max_k = float(router["coverage"]), int(router["max_k"])
-        wrap_router = lambda plain: AdaptiveRouter(plain, wanted, max_k)  # noqa: E731
-    elif "thresholds" in router:
-        wrap_router = _unsure(router, leans="dense.rows" in experts)
-    if "dense.rows" not in experts:
-        return _inside(router, "router"), dict(experts), Wrapping(wrap_router, lambda plain: plain)
-    rows = experts["dense.rows"]
-    branch = Wrapping(wrap_router, lambda plain: DenseBranch(plain, DenseNeurons(rows, activation)))
-    return _inside(router, "router"), _inside(experts, "experts"), branch
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Around]:
+    """The stored tensors of a plain router and of its neurons, and what stood around them."""
+    plain, own = _inside(router, "router")
+    neurons, dense = _inside(experts, "experts")
+    return plain, neurons, Around(_router(own), _experts(dense, activation))
 
 
-def _unsure(stored: Mapping[str, Tensor], *, leans: bool) -> Callable[[ProductKeyRouter], AbstractRetriever]:
-    thresholds = stored["thresholds"]
-    if "wider" in stored:
-        wider = int(stored["wider"])
-        return lambda plain: WideningRouter(plain, thresholds, wider)
-    return lambda plain: (LeaningRouter if leans else FlaggingRouter)(plain, thresholds)
+def _router(own: Mapping[str, Tensor]) -> Callable[[ProductKeyRouter], AbstractRetriever]:
+    """By the tensors that a kind has and no other has."""
+    if set(own) == {"coverage", "max_k"}:
+        return lambda plain: AdaptiveRouter(plain, float(own["coverage"]), int(own["max_k"]))
+    if set(own) == {"thresholds", "wider"}:
+        return lambda plain: WideningRouter(plain, own["thresholds"], int(own["wider"]))
+    if set(own) == {"thresholds", "leaning"}:
+        return lambda plain: LeaningRouter(plain, own["thresholds"])
+    if set(own) == {"thresholds"}:
+        return lambda plain: FlaggingRouter(plain, own["thresholds"])
+    if own:
+        raise ValueError(f"no router is known that has {', '.join(sorted(own))}.")
+    return lambda plain: plain
 
 
-def _inside(stored: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The tensors under `part`, by their names inside it; all of them where there is no such part."""
-    own = {name.removeprefix(f"{part}."): t for name, t in stored.items() if name.startswith(f"{part}.")}
-    return own or dict(stored)
+def _experts(own: Mapping[str, Tensor], activation: Activation) -> Callable[[AbstractExperts], AbstractExperts]:
+    if not own:
+        return lambda plain: plain
+    parts = {name.removeprefix("dense."): tensor for name, tensor in own.items()}
+    if "rows" not in parts or not set(parts) <= {"rows", "bias", "out_bias"}:
+        raise ValueError(f"no dense branch is known that has {', '.join(sorted(own))}.")
+    return lambda plain: DenseBranch(plain, DenseNeurons(activation=activation, **parts))
+
+
+def _inside(stored: Mapping[str, Tensor], part: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors under `part` by their names inside it, and the others; all and none where nothing stands around."""
+    around = [name for name in stored if name in OWN or name.startswith("dense.")]
+    if not around:
+        return dict(stored), {}
+    inside = {name.removeprefix(f"{part}."): t for name, t in stored.items() if name.startswith(f"{part}.")}
+    return inside, {name: t for name, t in stored.items() if not name.startswith(f"{part}.")}
 
 
 def _of(thresholds: Mapping[str, Tensor], site: str) -> Tensor:

@@ -6,7 +6,7 @@
 
 #include "rows.h"
 
-#define TILE 4
+#define BLOCK 4
 #define SMALL (1 << 17)
 
 /* Pairs that act in the order of their experts, those of one expert in their own: `sorted` has expert << 32 | pair,
@@ -45,37 +45,52 @@ int64_t mixwright_sort_pairs(
     return unique;
 }
 
-/* Columns from `i` on of one expert's gradient: the in and gate rows from x, the out row from dy. */
-INLINED void reduce(
-    int type, int parts, int tiles, int64_t left, const uint64_t *pairs, int64_t count, int64_t k,
-    int64_t width, int64_t i, const float *x, const float *dy, const float *factors, char *row) {
-    lanes sum[3][TILE];
-    for (int j = 0; j < parts; j++)
-        for (int t = 0; t < tiles; t++) sum[j][t] = (lanes){0};
-    for (int64_t p = 0; p < count; p++) {
-        int64_t pair = (int64_t)(pairs[p] & 0xffffffff), place = pair / k * width + i;
-        const float *factor = factors + pair * parts;
-        for (int t = 0; t < tiles; t++) {
-            if (parts > 1) {
-                lanes input = load_some(FLOAT32, x, place + t * LANES, left);
-                for (int j = 0; j < parts - 1; j++) sum[j][t] += factor[j] * input;
-            }
-            sum[parts - 1][t] += factor[parts - 1] * load_some(FLOAT32, dy, place + t * LANES, left);
+/* to[j] (+)= sum over `count` pairs of factor[e][j] from[e]: a token's x or dy, for the parts it is the gradient of. */
+INLINED void collect(
+    int count, int parts, int first, int64_t width, const float *const *from, const float (*factor)[2],
+    float *const *to) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        lanes sum[2];
+        for (int j = 0; j < parts; j++) sum[j] = first ? (lanes){0} : load_some(FLOAT32, to[j], i, width - i);
+        for (int e = 0; e < count; e++) {
+            lanes input = load_some(FLOAT32, from[e], i, width - i);
+            for (int j = 0; j < parts; j++) sum[j] += factor[e][j] * input;
         }
+        for (int j = 0; j < parts; j++) store_some(FLOAT32, to[j], i, sum[j], width - i);
     }
-    for (int j = 0; j < parts; j++)
-        for (int t = 0; t < tiles; t++)
-            store_some(type, row, j * width + i + t * LANES, sum[j][t], left);
 }
 
-INLINED void reduce_row(
-    int type, int parts, const uint64_t *pairs, int64_t count, int64_t k, int64_t width, const float *x,
-    const float *dy, const float *factors, char *row) {
-    int64_t i = 0;
-    for (; i + TILE * LANES <= width; i += TILE * LANES)
-        reduce(type, parts, TILE, LANES, pairs, count, k, width, i, x, dy, factors, row);
-    for (; i < width; i += LANES)
-        reduce(type, parts, 1, width - i, pairs, count, k, width, i, x, dy, factors, row);
+/* `parts` parts of one expert's gradient, of which `factors` has one for each pair from place `skip` on. */
+INLINED void reduce(
+    int parts, const uint64_t *pairs, int64_t count, int64_t k, int64_t width, const float *x, const float *factors,
+    int64_t all, int64_t skip, float *const *to) {
+    for (int64_t p = 0, next; p < count; p = next) {
+        const float *from[BLOCK];
+        float factor[BLOCK][2];
+        next = count - p < BLOCK ? p + 1 : p + BLOCK;
+        for (int64_t e = 0; p + e < next; e++) {
+            int64_t pair = (int64_t)(pairs[p + e] & 0xffffffff);
+            from[e] = x + pair / k * width;
+            for (int j = 0; j < parts; j++) factor[e][j] = factors[pair * all + skip + j];
+        }
+        if (next == p + BLOCK) {
+            if (p) collect(BLOCK, parts, 0, width, from, factor, to);
+            else collect(BLOCK, parts, 1, width, from, factor, to);
+        } else if (p) collect(1, parts, 0, width, from, factor, to);
+        else collect(1, parts, 1, width, from, factor, to);
+    }
+}
+
+static void reduce_row(
+    int64_t type, int64_t parts, const uint64_t *pairs, int64_t count, int64_t k, int64_t width, const float *x,
+    const float *dy, const float *factors, void *row) {
+    float whole[type == FLOAT32 ? 1 : parts * width], *start = type == FLOAT32 ? row : whole;
+    float *to[3] = {start, start + width, start + 2 * width};
+    if (parts == 2) reduce(1, pairs, count, k, width, x, factors, parts, 0, to);
+    if (parts == 3) reduce(2, pairs, count, k, width, x, factors, parts, 0, to);
+    reduce(1, pairs, count, k, width, dy, factors, parts, parts - 1, to + parts - 1);
+    for (int64_t i = 0; type != FLOAT32 && i < parts * width; i += LANES)
+        store_some(type, row, i, load_some(FLOAT32, whole, i, parts * width - i), parts * width - i);
 }
 
 /* Gradients of the rows that act, each from the pairs that name it: to `d_rows` (unique, parts, width) or with `dense`
@@ -90,14 +105,7 @@ void mixwright_neurons_rows(
         const uint64_t *pairs = sorted + starts[one];
         int64_t count = starts[one + 1] - starts[one];
         char *row = d_rows + (dense ? ids[one] : one) * bytes;
-#define CASE(type, parts) \
-    case type * 3 + parts: reduce_row(type, parts, pairs, count, k, width, x, dy, factors, row); break;
-        if (d_rows)
-            switch (type * 3 + parts) {
-                CASE(FLOAT32, 1) CASE(FLOAT32, 2) CASE(FLOAT32, 3)
-                CASE(BFLOAT16, 1) CASE(BFLOAT16, 2) CASE(BFLOAT16, 3)
-            }
-#undef CASE
+        if (d_rows) reduce_row(type, parts, pairs, count, k, width, x, dy, factors, row);
         for (int64_t j = 0; d_bias && j < inputs; j++) {
             float sum = 0;
             for (int64_t p = 0; p < count; p++) sum += factors[(pairs[p] & 0xffffffff) * parts + j];

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mixwright.ops.neuron_gradients import AbstractPasses, Call, Grouped
 from mixwright.ops.neuron_reference import ACTIVATIONS
-from mixwright.ops.triton import neuron_kernels as kernels
+from mixwright.ops.triton import neuron_kernels
+
+kernels: Any = neuron_kernels  # launched by rules of Triton's own
 
 HELD = 8192
 """Numbers of rows that a program holds at once for each part."""

@@ -4,6 +4,10 @@ A value and its place are one int64: the value's bits in order above, the place 
 them breaks ties to the lowest place.
 """
 
+# What a kernel is given and loads has no types in Python.
+# pyright: basic, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
