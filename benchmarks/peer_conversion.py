@@ -273,11 +273,12 @@ def main() -> None:
         print(report(json.loads(args.out.read_text())))
         return
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"active": args.active, "keep_active": args.keep_active, "context": CONTEXT}
-    result["results"] = {kind: measure_kind(kind, args) for kind in args.kinds}
+    result: dict[str, Any] = {"active": args.active, "keep_active": args.keep_active, "context": CONTEXT, "results": {}}
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "cache", "out", "report")}
-    result |= {"settings": settings, **surroundings(started)}
-    write_json(args.out, result)
+    for kind in args.kinds:
+        result["results"][kind] = measure_kind(kind, args)
+        result |= {"settings": settings, **surroundings(started)}
+        write_json(args.out, result)
     print(report(json.loads(args.out.read_text())))
 
 

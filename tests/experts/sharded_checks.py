@@ -21,6 +21,7 @@ from mixwright.experts.table_shards import load_tables, save_tables
 from mixwright.methods.peer.layer import PEER
 from mixwright.ops.wire import wire_bytes
 from mixwright.routing import Condition, Routing
+from mixwright.training.row_optimizers import LazyAdamW
 
 WIDTH, COUNTS = 10, (3, 0, 5, 2)
 
@@ -199,15 +200,61 @@ def sent_as_computed(group: object) -> None:
 
 
 def by_peer(group: object) -> None:
-    """A PEER layer in single precision, evaluated in pieces by the whole one; one process has no tokens."""
+    """A PEER layer with batch norm over the tokens of all processes, in training; without, evaluated in pieces."""
     rank = dist.get_rank(group)
-    torch.manual_seed(3)
-    whole = PEER(12, (6, 8), heads=2, top_k=3, dim_key=8, gated=True, query_norm="layer").eval()
-    x = torch.randn(10, 12)
+    x, direction = torch.randn(2, 10, 12, generator=torch.Generator().manual_seed(4)).double()
     for by in ("columns", "rows"):
-        parted = shard(copy.deepcopy(whole), group, by=by)  # type: ignore[arg-type]
-        with torch.no_grad():
-            torch.testing.assert_close(parted(own(x, COUNTS, rank)), own(whole(x), COUNTS, rank))
+        for norm in ("batch", "layer"):
+            torch.manual_seed(3)
+            whole = PEER(12, (6, 8), heads=2, top_k=3, dim_key=8, gated=True, query_norm=norm).double()  # type: ignore[arg-type]
+            parted = shard(copy.deepcopy(whole), group, by=by)  # type: ignore[arg-type]
+            if norm == "layer":
+                with torch.no_grad():
+                    close(parted.eval()(own(x, COUNTS, rank)), own(whole.eval()(x), COUNTS, rank))
+                continue
+            found = parted(own(x, COUNTS, rank))
+            (found * own(direction, COUNTS, rank)).sum().backward()
+            with Alone():
+                expected = whole(x)
+                (expected * direction).sum().backward()
+            close(found, own(expected, COUNTS, rank))
+            for one, mine in zip(whole.router.parameters(), parted.router.parameters()):
+                summed = torch.zeros_like(mine) if mine.grad is None else mine.grad.clone()
+                dist.all_reduce(summed, group=group)
+                close(summed, one.grad)
+
+
+class Alone:
+    """Inside the block this process believes that there is no other."""
+
+    def __enter__(self) -> None:
+        self.kept, dist.is_initialized = dist.is_initialized, lambda: False
+
+    def __exit__(self, *error: object) -> None:
+        dist.is_initialized = self.kept
+
+
+def trained(group: object) -> None:
+    """Six steps of LazyAdamW on shards are six steps on the whole table; its rows are caught up for everybody's ids."""
+    rank, counts = dist.get_rank(group), (1, 0, 2, 1)
+    for by in ("columns", "rows"):
+        whole, parted = layer(2, True, "compact"), shard(layer(2, True, "compact"), group, by=by)  # type: ignore[arg-type]
+        ends = []
+        for model, mine in ((whole, False), (parted, True)):
+            optimizer = LazyAdamW(model, lr=0.03, weight_decay=0.1)
+            for step in range(6):
+                x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step)).double()
+                model(own(x, counts, rank) if mine else x).square().sum().backward()
+                if mine:
+                    for parameter in model.router.parameters():
+                        dist.all_reduce(parameter.grad, group=group)
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.flush()
+            ends.append(gathered_state(model))
+        assert ends[0].keys() == ends[1].keys()
+        for name, tensor in ends[0].items():
+            close(ends[1][name], tensor)
 
 
 def saved(folder: Path, groups: dict[int, object]) -> None:
@@ -309,6 +356,7 @@ def main(folder: Path) -> None:
     averaged(groups[4])
     brought_together(groups[4])
     by_peer(groups[4])
+    trained(groups[4])
     saved(folder, groups)  # type: ignore[arg-type]
     if rank < 2:
         beside_fsdp(groups[2])

@@ -84,27 +84,27 @@ class ColumnTable(AbstractShardedTable):
         widths = [end - start for _, (start, end) in self.pieces]
         tokens = group_tokens(len(x), self.group, x.device)
         ids, acting = self._everybodys_ids(tokens, weights, indices)
-        rows, there = self._rows(ids, acting)
+        rows, places = self._rows(ids, acting)
         wide = torch.promote_types(x.dtype, torch.float32)
         hidden = weights.to(wide)
         if self.parts > 1:
             some = tokens.columns(x, widths).to(wide)
-            partial = torch.stack([row_dots(some, part, there) for part in rows[:-1]], -1)
+            partial = torch.stack([row_dots(some, *part) for part in zip(rows[:-1], places[:-1])], -1)
             bias, frozen = self.local.bias, self.local.frozen
             if bias is not None:
                 free = bias if frozen is None else torch.where(frozen[:, None], bias.detach(), bias)
                 partial = partial + free[ids].to(partial.dtype)
             hidden = activate(tokens.sum_of_own(partial), activation) * hidden
-        found = row_sums(tokens.all(hidden), rows[-1], there)
+        found = row_sums(tokens.all(hidden), rows[-1], places[-1])
         return tokens.tokens(found.to(x.dtype), widths)
 
-    def _rows(self, ids: Tensor, acting: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The parts of this process's rows, and the ids as their places; retrieved rows alone where they learn."""
+    def _rows(self, ids: Tensor, acting: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """For each part, rows and where in them the ids are; copies of the retrieved ones alone where they learn."""
         for read in self.local.before_read:
             read(ids)
         rows = self.local.rows
         if not (torch.is_grad_enabled() and rows.requires_grad):
-            return rows.unbind(1), ids
+            return (rows.flatten(0, 1),) * self.parts, [ids * self.parts + part for part in range(self.parts)]
         unique, there = ids.unique(return_inverse=True)
         learning = torch.zeros_like(unique, dtype=torch.bool)
         learning[there[acting]] = True
@@ -112,7 +112,7 @@ class ColumnTable(AbstractShardedTable):
             learning &= ~self.local.frozen[unique]
         half = 2 * int(learning.sum()) < self.num_experts
         compact = self.local.gradient == "compact" or (self.local.gradient == "auto" and half)
-        return take_rows(rows, unique, learning, compact=compact), there
+        return take_rows(rows, unique, learning, compact=compact), [there] * self.parts
 
 
 class RowTable(AbstractShardedTable):

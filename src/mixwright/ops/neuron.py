@@ -91,10 +91,11 @@ def _combine(
     dense = gradient == "dense" or not (torch.is_grad_enabled() and rows.requires_grad)
     if dense and rows.shape[0] < DENSE_BELOW * indices.shape[1] and len(x) >= 8:
         return neurons_by_matmul(x, rows, weights, indices, activation, bias)
-    return combine(_passes(x, rows, bias), x, rows, weights, indices, activation, bias, gradient, spare)
+    return combine(passes_for(x, rows, bias), x, rows, weights, indices, activation, bias, gradient, spare)
 
 
-def _passes(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:
+def passes_for(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:
+    """Who does the arithmetic on such tensors: a GPU's kernels, the compiled functions, or torch."""
     on_gpu = neuron_passes(x, rows)
     if on_gpu is not None:
         return on_gpu

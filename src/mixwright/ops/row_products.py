@@ -1,7 +1,8 @@
 """The two halves of a layer of single neurons, apart: dots of a token with rows, and weighted sums of rows.
 
 They are each other's gradients. `ops.neuron` does both in one pass; a table whose columns lie on several processes
-needs the dots of all of them before the nonlinearity, so that it has to stop in between.
+needs the dots of all of them before the nonlinearity, so that it has to stop in between. The arithmetic is that of a
+memory of values (one row part), whose sum is one half and whose gradient of the weights is the other.
 """
 
 from typing import Any
@@ -11,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
-_CHUNK = 1 << 22  # gathered values at a time: 16 MiB in float32
+from mixwright.ops.neuron import passes_for
+from mixwright.ops.neuron_gradients import Call
 
 
 def row_dots(
@@ -44,40 +45,34 @@ def take_rows(
     return _Take.apply(rows, ids, learning, compact)  # type: ignore[no-any-return]
 
 
-def _gathered(rows: Tensor, indices: Tensor, dtype: torch.dtype):
-    """Rows of some tokens at a time: (tokens, their rows)."""
-    step = max(1, _CHUNK // max(1, indices.shape[1] * rows.shape[1]))
-    for start in range(0, len(indices), step):
-        some = indices[start : start + step]
-        yield slice(start, start + step), rows.index_select(0, some.reshape(-1)).to(dtype).view(*some.shape, -1)
-
-
 def _dots(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    dots = x.new_empty(indices.shape)
-    for tokens, taken in _gathered(rows, indices, x.dtype):
-        torch.bmm(taken, x[tokens, :, None], out=dots[tokens, :, None])
-    return dots
+    if not indices.numel() or not rows.numel():
+        return x.new_zeros(indices.shape)
+    memory, one = rows[:, None], x.new_ones(indices.shape)
+    call = Call(x, memory, one, indices, None, "relu")
+    found = passes_for(x, memory, None).backward(call, x, x.new_empty(*indices.shape, 0), of_x=False, of_weights=True)[
+        1
+    ]
+    assert found is not None
+    return found
 
 
 def _sums(weights: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    if rows.dtype == weights.dtype and rows.is_contiguous() and len(rows) and indices.numel():
-        return embedding_bag(indices, rows, per_sample_weights=weights, mode="sum")
-    sums = weights.new_empty((len(weights), rows.shape[1]))
-    for tokens, taken in _gathered(rows, indices, weights.dtype):
-        torch.bmm(weights[tokens, None], taken, out=sums[tokens, None])
-    return sums
+    x, memory = weights.new_zeros(len(weights), rows.shape[1]), rows[:, None]
+    if not indices.numel() or not rows.numel():
+        return x
+    call = Call(x, memory, weights, indices, None, "relu")
+    return passes_for(x, memory, None).forward(call, keep=False)[0]
 
 
 def _outer(weights: Tensor, x: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     """sum of weights_tk x_t over the pairs of each row: what a row learns. Each row adds its pairs in their order."""
-    order = indices.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(indices.reshape(-1), minlength=len(rows))
-    if not len(order):
-        return x.new_zeros(rows.shape, dtype=rows.dtype)
-    offsets = counts.cumsum(0) - counts
-    tokens = order // indices.shape[1]
-    values = weights.reshape(-1)[order]
-    return embedding_bag(tokens, x.contiguous(), offsets, per_sample_weights=values, mode="sum").to(rows.dtype)
+    found = rows.new_zeros(len(rows), 1, rows.shape[1])
+    if indices.numel() and rows.numel():
+        call = Call(x, rows[:, None], weights, indices, None, "relu")
+        passes = passes_for(x, call.rows, None)
+        passes.reduce(call, x, weights[..., None].contiguous(), passes.group(call), found, None)
+    return found[:, 0]
 
 
 class _Dots(Function):

@@ -292,3 +292,31 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     backbone = tiny_backbone("llama")
     with pytest.raises(ValueError, match="give no catalogue"):
         compose(PeerConfig(), [backbone, backbone])
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared_table": True}, {"share_keys": False, "row_dim": 8}])
+def test_grown_models_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = composed(**settings).eval()
+    before = output(model)
+    ids = model.grow(2, zero_out=False)
+    assert ids == dict.fromkeys(model.mixtures, range(64, 80))
+    assert torch.equal(output(model), before)  # who waits is not heard
+    waiting = again(model, tmp_path / "waiting")
+    assert torch.equal(output(waiting), before)
+    waiting.admit()
+    model.admit()
+    assert torch.equal(output(waiting), output(model))
+    assert torch.equal(output(again(model, tmp_path / "admitted")), output(model))
+    with pytest.raises(ValueError, match="no site 'mlp'; there are model.layers.0.mlp"):
+        model.grow(1, "mlp")
+
+
+def test_one_site_grows_alone(tmp_path: Path) -> None:
+    model = composed().eval()
+    model.grow(1, "model.layers.1.mlp")
+    model.reserve_slots(2, "model.layers.1.mlp")
+    grids = [router.grid for router, _ in model.layers.values()]
+    assert grids == [(8, 8), (9, 8)]
+    found = again(model, tmp_path / "saved")
+    assert [router.grid for router, _ in found.layers.values()] == grids
+    assert torch.equal(output(found), output(model))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mixwright.evaluation.neuron_usage import usage
+from mixwright.methods.peer.growth import admit, grow
 from mixwright.methods.peer.layer import PEER
-from mixwright.methods.peer.tracing import ablate, ablated, explain, unablate
+from mixwright.methods.peer.tracing import ablate, ablated, explain, origins_of, unablate
 from mixwright.routing import Condition
 
 from .neuron_model import SITES, batches, neuron_model
@@ -116,3 +117,14 @@ def test_ablating_at_one_site_leaves_the_others() -> None:
     assert not without[SITES[1]].counts[ids].any()
     assert torch.equal(without[SITES[0]].counts, meter[SITES[0]].counts)
     assert without[SITES[1]].counts.sum() == meter[SITES[1]].counts.sum(), "slots are filled again"
+
+
+def test_acting_neurons_know_where_they_came_from() -> None:
+    peer, x = layer(), tokens()
+    new = grow(peer.router, peer.experts, 2, source="later", step=7)
+    admit(peer.router, peer.experts)
+    trace = explain(peer, x)["layer"]
+    acting = [neuron for token in range(len(trace.ids)) for neuron in trace.token(token)]
+    came = origins_of(peer, "layer", acting)
+    assert {(origin.step, origin.source) for origin in came} == {(0, ""), (7, "later")}
+    assert all((neuron.id in new) == (origin.step == 7) for neuron, origin in zip(acting, came, strict=True))

@@ -9,7 +9,6 @@ would not do: under a softmax the newcomers would take gates from the others. Th
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -55,7 +54,7 @@ def grow(
     themselves). A table that several layers share grows with the first of them, and the others follow. Raises
     ValueError for layers that can't grow, before anything is changed.
     """
-    wrappers, plain, neurons, table = _parts(router, experts)
+    _, plain, neurons, table = _parts(router, experts)
     if sub_keys < 1:
         raise ValueError(f"sub_keys={sub_keys}; expected at least 1, each of which is {plain.grid[1]} experts.")
     if plain.extra is not None:
@@ -81,11 +80,6 @@ def grow(
     _extend(started, before)
     if neurons.grown is None:
         neurons.grown = torch.tensor([present, plain.heads, 0])
-    for wrapper in cast(list[Any], wrappers):
-        if "num_experts" in wrapper.__dict__:
-            wrapper.num_experts += sub_keys * n2
-        if hasattr(wrapper, "grid"):
-            wrapper.grid = plain.grid
     return range(present, plain.num_experts)
 
 

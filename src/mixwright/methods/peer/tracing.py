@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
 from mixwright.evaluation.neuron_sites import neuron_sites, plain_router, real_tokens
-from mixwright.evaluation.neurons import NeuronTrace, trace_neurons
+from mixwright.evaluation.neurons import ActingNeuron, NeuronTrace, trace_neurons
+from mixwright.methods.peer.growth import Origin, origins
 from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routing import Condition
 
@@ -70,6 +71,12 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, NeuronTra
             x, counted = (torch.cat(parts)[None] for parts in zip(*passes, strict=True))  # a layer may take pieces
             traces[name] = trace_neurons(sites[name].router, sites[name].experts, x, Condition(token_mask=counted))
     return traces
+
+
+def origins_of(model: nn.Module, site: str, neurons: Iterable[ActingNeuron]) -> list[Origin]:
+    """Where neurons that acted at `site` came from: the step at which growth added each, and its source."""
+    _routers(model, site)
+    return origins(neuron_sites(model)[site].experts, [neuron.id for neuron in neurons])
 
 
 def _routers(model: nn.Module, site: str | None) -> list[ProductKeyRouter]:

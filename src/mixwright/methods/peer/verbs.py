@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from mixwright.evaluation.neuron_sites import NeuronSite
     from mixwright.evaluation.neuron_usage import SiteUsage, UsageMeter
     from mixwright.evaluation.neurons import NeuronTrace
     from mixwright.methods.peer.rebalance import Rebalancer
@@ -100,3 +101,39 @@ class NeuronVerbs(nn.Module):
         from mixwright.methods.peer.revival import revive
 
         return revive(self, data, used, losses=losses, seed=seed)
+
+    def grow(self, sub_keys: int, site: str | None = None, **options: Any) -> dict[str, range]:
+        """Add this many sub-keys times n2 experts at `site`, or at every one, kept out until they are admitted; what
+        the model says stays the same to the bit. Returns their ids. `options`: see `growth.grow`."""
+        from mixwright.methods.peer.growth import grow
+
+        return {name: grow(one.router, one.experts, sub_keys, **options) for name, one in self._sites_at(site).items()}
+
+    def admit(self, progress: float = 1.0, site: str | None = None, depth: float | None = None) -> None:
+        """Let the newest experts in, from 0, kept out, to 1, like the others; see `growth.admit`."""
+        from mixwright.methods.peer.growth import admit
+
+        for one in self._sites_at(site).values():
+            admit(one.router, one.experts, progress, depth)
+
+    def reserve_slots(self, slots: int, site: str | None = None, seed: int = 0) -> None:
+        """Let the newest experts in beside the others, neutral at first; see `growth.reserve_slots`."""
+        from mixwright.methods.peer.growth import reserve_slots
+
+        for one in self._sites_at(site).values():
+            reserve_slots(one.router, one.experts, slots, seed=seed)
+
+    def freeze_present(self, site: str | None = None) -> None:
+        """Only what is new learns from here on; see `growth.freeze_present`."""
+        from mixwright.methods.peer.growth import freeze_present
+
+        for one in self._sites_at(site).values():
+            freeze_present(one.router, one.experts)
+
+    def _sites_at(self, site: str | None) -> "Mapping[str, NeuronSite]":
+        from mixwright.evaluation.neuron_sites import neuron_sites
+
+        sites = neuron_sites(self)
+        if site is not None and site not in sites:
+            raise ValueError(f"no site {site!r}; there are {', '.join(sites)}.")
+        return {name: one for name, one in sites.items() if site in (None, name)}
