@@ -93,7 +93,7 @@ def test_what_is_imported_is_declared() -> None:
         return ast.Module([node for node in tree.body if not isinstance(node, DEFINITIONS)], [])
 
     def enters(path: Path) -> bool:
-        """Kernels are decorated where they are defined: their room imports its extra and is imported where it is used."""
+        """Kernels are decorated where they are defined: their room imports its extra, and is imported late."""
         modules = {node.module for node in top(TREES[path]).body if isinstance(node, ast.ImportFrom)}
         return any(module and module.startswith("mixwright.ops.triton") for module in modules)
 
