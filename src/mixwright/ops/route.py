@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixwright.ops import kernels
+from mixwright.ops.gpu import best_keys
 from mixwright.ops.product_key import (
     check_top_k,
     entropy,
@@ -87,6 +88,9 @@ def _is_nothing(bias: Tensor) -> bool:
 
 
 def _route(queries: Tensor, keys: _Keys, k: int, whole: bool) -> Routed:
+    by_triton = best_keys(queries, *keys[:2], k, *keys[2:4]) if keys.half_top_k is None else None
+    if by_triton is not None:
+        return Routed(*by_triton) if whole else Routed(*by_triton[:2])
     tokens, heads = queries.shape[:2]
     given = [t for t in (queries, *keys[:4]) if isinstance(t, Tensor)]
     native = kernels.kernel() if plain_floats(*given) and tokens * heads else None
