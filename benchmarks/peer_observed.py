@@ -89,13 +89,13 @@ class Text:
 
 
 def train(
-    model: Characters,
+    model: Any,
     batches: Iterator[tuple[Tensor, Tensor]],
     steps: int,
     *,
     after: Callable[[], object] | None = None,
     only: nn.Module | None = None,
-) -> Characters:
+) -> Any:
     """AdamW with a linear decay; `only`: the part that is trained; `after`: called after each step."""
     model.train()
     for parameter in model.parameters():
@@ -117,7 +117,7 @@ def train(
 
 
 @torch.no_grad()
-def losses(model: Characters, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Nats of every token."""
     model.eval()
     return torch.cat([cross_entropy(model(windows), wanted, reduction="none") for windows, wanted in data])
@@ -144,7 +144,7 @@ def numbers(loss: float, used: SiteUsage) -> dict[str, float]:
     }
 
 
-def measures(model: Characters, data: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def measures(model: Any, data: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Coverage, margin, and minus the entropy of each token, means over heads: confidences."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -299,6 +299,59 @@ def revival(model: Characters, text: Text, seed: int, further: int) -> dict[str,
     return found
 
 
+class Faint(nn.Module):
+    """A PEER layer that tells twelve directions apart, seen clearly or faintly: where being unsure is in the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = PEER(16, (12, 12), heads=2, top_k=4, dim_key=16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x))
+
+
+def faint_batch(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    directions = 2 * torch.randn(12, 16, generator=torch.Generator().manual_seed(7))
+    wanted = torch.randint(12, (count,), generator=generator)
+    clear = torch.rand(count, 1, generator=generator)
+    return clear * directions[wanted] + 0.5 * torch.randn(count, 16, generator=generator), wanted
+
+
+def faint(seed: int, steps: int = 120) -> dict[str, Any]:
+    """Risk-coverage and fallbacks where low coverage means a faint input."""
+    torch.manual_seed(seed)
+    batches = (faint_batch(1000 * seed + step, 256) for step in range(100, 10**6))
+    model = train(Faint(), batches, steps)
+    data = [faint_batch(1, 8192)]
+    plain = losses(model, data)
+    found: dict[str, Any] = {
+        "risk_coverage": {name: risk_coverage(plain, sure).risks for name, sure in measures(model, data).items()}
+    }
+    limits = coverage_thresholds(model, [faint_batch(2, 8192)[0]], 0.2)
+    flag_unsure(model, limits)
+    flags = model.layer.router.retrieve(data[0][0][None], Condition()).flagged
+    assert flags is not None
+    flagged = flags[0].any(-1)
+    found["flagged"] = {"heads": float(flags.float().mean()), "tokens": float(flagged.float().mean())}
+    for name, put in (
+        ("plain", lambda: retrieve_plainly(model)),
+        ("widen to 8", lambda: widen_unsure(model, limits, 8)),
+        ("widen to 16", lambda: widen_unsure(model, limits, 16)),
+    ):
+        put()
+        now = losses(model, data)
+        found.setdefault("fallbacks", {})[name] = [float(part.mean()) for part in (now, now[flagged], now[~flagged])]
+    for name, at in (("flagged heads", limits), ("every head", {SITE: torch.full((2,), 2.0)})):
+        tuned = deepcopy(model)
+        dense = DenseNeurons(initial_rows(64, 2, 16, 0.0, torch.Generator().manual_seed(seed)))
+        lean_unsure(tuned, at, {SITE: dense})
+        now = losses(train(tuned, batches, steps, only=dense), data)
+        parts = [float(part.mean()) for part in (now, now[flagged], now[~flagged])]
+        found["fallbacks"][f"dense branch for {name}, trained alone"] = parts
+    return found
+
+
 def one_seed(text: Text, seed: int, steps: int, further: int) -> dict[str, Any]:
     """Everything, from one seed."""
     normed, bare = (trained(text, seed, steps, norm) for norm in ("batch", "none"))
@@ -312,6 +365,26 @@ def one_seed(text: Text, seed: int, steps: int, further: int) -> dict[str, Any]:
         "rebalancing": balance,
         "revival": revival(bare, text, seed, further),
     }
+
+
+def faint_report(seeds: list[dict[str, Any]]) -> str:
+    """The toy's two tables."""
+    kept = [f"{10 * tenth} %" for tenth in range(10, 0, -1)]
+    rows = [
+        [name, *(f"{statistics.fmean(s['risk_coverage'][name][i] for s in seeds):.3f}" for i in range(10))]
+        for name in seeds[0]["risk_coverage"]
+    ]
+    shares = ", ".join(f"{what} {mean([s['flagged'][what] for s in seeds])}" for what in ("heads", "tokens"))
+    losses_of = [
+        [name, *(mean([s["fallbacks"][name][i] for s in seeds]) for i in range(3))] for name in seeds[0]["fallbacks"]
+    ]
+    return "\n\n".join(
+        [
+            f"**Faint inputs**, flagged: {shares}",
+            markdown(["loss of the surest by", *kept], rows),
+            markdown(["fallback", "loss", "of flagged tokens", "of others"], losses_of),
+        ]
+    )
 
 
 def mean(values: list[float], digits: int = 3) -> str:
@@ -366,19 +439,21 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of what is stored")
     given = parser.parse_args()
     if given.report:
-        print(report(json.loads(RESULTS.read_text())["seeds"]))
+        stored = json.loads(RESULTS.read_text())
+        print(report(stored["seeds"]), faint_report(stored["faint"]), sep="\n\n")
         return
     torch.set_num_threads(1)
     started, text = time.process_time(), Text(given.data)
     seeds = []
+    clear = [faint(seed) for seed in range(given.seeds)]
     for seed in range(given.seeds):
         seeds.append(one_seed(text, seed, given.steps, given.further))
         print(f"seed {seed}: {time.process_time() - started:.0f} s", flush=True)
         described = surroundings(started)
         options = f"--seeds {len(seeds)} --steps {given.steps} --further {given.further}"
         described["command"] = f"python -m benchmarks.peer_observed --data input.txt {options}"
-        write_json(RESULTS, {**described, "seeds": seeds})
-    print(report(seeds))
+        write_json(RESULTS, {**described, "seeds": seeds, "faint": clear})
+    print(report(seeds), faint_report(clear), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ class AdaptiveRouter(AbstractAround):
             raise ValueError(f"max_k={max_k}: expected 1 to {router.num_experts}, the experts of the grid.")
         if not coverage >= 0:
             raise ValueError(f"coverage={coverage}: expected a share from 0 to 1.")
-        if router.extra_slots is not None:
+        if router.extra_slots is not None or router.always is not None:
             raise ValueError(
-                "AdaptiveRouter: experts that growth gave slots of their own are not among the k; admit them."
+                "AdaptiveRouter: experts with slots of their own, by growth or because they always act, are not among "
+                "the k best that it chooses from; admit them, or retrieve with a fixed k."
             )
         self.coverage: Float[Tensor, ""]
         self.max_k: Int[Tensor, ""]
