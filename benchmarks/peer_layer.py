@@ -47,7 +47,7 @@ from benchmarks.peer_contenders import (
 from benchmarks.peer_tables import report, verdict
 from benchmarks.timing import RESULTS, machine, peak_bytes
 
-SIDES, WIDTHS, TOKENS, TYPES = (128, 512, 1024), (256, 1024), (1, 256, 2048), ("float32", "bfloat16")
+SIDES, WIDTHS, TYPES = (128, 512, 1024), (256, 1024), ("float32", "bfloat16")
 SECONDS, QUICK_SECONDS, MOST = 5.0, 1.5, 25
 Runs = Mapping[str, Callable[[], object]]
 
@@ -88,7 +88,8 @@ def thin(times: Mapping[str, list[float]]) -> dict[str, list[float]]:
 class Group:
     """Everything measured at one grid, width and type."""
 
-    def __init__(self, side: int, dim: int, dtype: str, seconds: float, cpu: bool) -> None:
+    def __init__(self, side: int, dim: int, dtype: str, tokens: list[int], seconds: float, cpu: bool) -> None:
+        self.tokens = tokens
         self.side, self.dim, self.type = side, dim, getattr(torch, dtype)
         self.seconds, self.clock = seconds, time.process_time if cpu else time.perf_counter
         self.room = 0.93 * _available()
@@ -101,7 +102,7 @@ class Group:
         if self.fits("forward", THEIRS, 2 * self.table):
             layers.add_theirs()
             self.result["difference"] = layers.check()
-        for tokens in TOKENS if forward else ():
+        for tokens in self.tokens if forward else ():
             self.forward(layers, tokens)
         if step:
             self.steps(layers)
@@ -133,7 +134,7 @@ class Group:
 
     def steps(self, layers: Layers) -> None:
         """Side by side where all fits into memory, else one after another."""
-        for tokens in TOKENS:
+        for tokens in self.tokens:
             touched = min(1.0, tokens * PAIRS / self.side**2)
             theirs = 4 * self.table + 5 * self.gathered(tokens)
             ours = (1 + touched) * self.table + touched * self.state
@@ -195,7 +196,7 @@ def child(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     started = time.process_time()
     side, dim, dtype = int(given.only[0].split("x")[0]), int(given.only[0].split("x")[1]), given.only[1]
-    group = Group(side, dim, dtype, QUICK_SECONDS if given.quick else SECONDS, given.cpu_time)
+    group = Group(side, dim, dtype, given.tokens, QUICK_SECONDS if given.quick else SECONDS, given.cpu_time)
     result = group.measure(given.part != "step", given.part != "forward")
     print(json.dumps({"machine": machine(started), **result}))
 
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine")
     parser.add_argument("--only", nargs=2, metavar=("GRID", "TYPE"), help="one group, such as 512x1024 float32")
     parser.add_argument("--largest", type=float, default=20.0, help="GiB of the largest table that is measured")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 256, 2048])
     parser.add_argument("--part", choices=("both", "forward", "step"), default="both")
     parser.add_argument("--switch", choices=("off", "on", "both"), default="both", help="torch's huge pages")
     parser.add_argument("--again", action="store_true", help="what is stored already too")
@@ -242,6 +244,7 @@ def measured(given: argparse.Namespace, size: str, dtype: str, switch: str) -> d
     """A group's result, from a process of its own."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.peer_layer", "--child", "--only", size, dtype, "--part", given.part]
+    command += ["--tokens", *map(str, given.tokens)]
     command += ["--quick"] * given.quick + ["--cpu-time"] * given.cpu_time
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1" if switch == "on" else "0"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixwright.ops import route
 from mixwright.routers.product_key import ProductKeyRouter
 from mixwright.routing import Condition
 
@@ -174,12 +175,16 @@ def test_key_norms_ignore_lengths(norm: str) -> None:
 def test_tokens_in_pieces_are_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = router(), tokens(3, 20)
     whole = made.retrieve(x, Condition(), detail=True)
-    monkeypatch.setattr("mixwright.routers.product_key.SCORE_BYTES", 3 * 2 * 11 * 8)
+    monkeypatch.setattr(route, "BUFFER", 3 * 2 * 11)
     calls: list[int] = []
-    inside = made._search_piece
-    monkeypatch.setattr(made, "_search_piece", lambda q, *rest: (calls.append(len(q)), inside(q, *rest))[1])
+    inside = route._choose
+    monkeypatch.setattr(
+        route,
+        "_choose",
+        lambda native, found, *rest: (calls.append(len(found.scores)), inside(native, found, *rest))[1],
+    )
     parts = made.retrieve(x, Condition(), detail=True)
-    assert calls == [3] * 20
+    assert max(calls) <= 3 * 2 and sum(calls) == 60 * 2
     for name in ("scores", "gates", "indices", "coverage", "entropy", "margin"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 

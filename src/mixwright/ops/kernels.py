@@ -75,7 +75,7 @@ _ARGUMENTS = {
     "selected_backward": "p" * 8 + "i" * 7,
     "lagging_rows": "ppiiippp",
     "adamw_rows": "p" * 5 + "iii" + "f" * 7 + "i",
-    "replay_rows": "p" * 5 + "iii" + "p" * 5 + "ifi",
+    "replay_rows": "p" * 5 + "iii" + "p" * 6 + "ifi",
     "adagrad_rows": "p" * 4 + "iiii" + "fff" + "i",
     "decay_rows": "ppp" + "iiii",
 }

@@ -13,10 +13,12 @@ u_j grows with j. Where it lies within [a, R a], with its middle u = a (1 + R) /
 
 whose terms fall at least as fast as ((R-1)/(R+1))^n, whatever v is. So the steps are cut into segments by u; each costs
 a division and a short polynomial per number of the row however many steps it stands for, and M_n needs only s and t.
+Where sqrt(v) is far above eps, as nearly always, y is small, and three terms about one middle do for all segments.
 """
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -54,6 +56,8 @@ class Replay:
     second: Float[Tensor, " starts"]
     middles: Float[Tensor, "starts segments"]
     sums: Float[Tensor, "starts segments terms"]
+    near: Float[Tensor, "starts 4"]
+    """u and M_0 to M_2 of all steps at once, for y below 1e-3."""
 
     def to(self, device: torch.device) -> "Replay":
         """On another device."""
@@ -78,20 +82,27 @@ def missed_steps(
     width = int(min(gaps.max().item(), moments.horizon(dtype))) if len(starts) else 1
     each = max(1, _CELLS // width)
     parts = [_segments(part, step, width, rates, decays, moments, TERMS[dtype]) for part in starts.split(each)]
-    segments = max((middles.shape[1] for middles, _ in parts), default=1)
+    segments = max((part.middles.shape[1] for part in parts), default=1)
     return Replay(
         kept=(decays[step] - decays[starts]).exp().to(dtype),
         first=(moments.beta1**gaps).to(dtype),
         second=(moments.beta2**gaps).to(dtype),
-        middles=torch.cat([_wider(middles, segments, 1.0) for middles, _ in parts]).to(dtype),
-        sums=torch.cat([_wider(sums, segments, 0.0) for _, sums in parts]).to(dtype),
+        middles=torch.cat([_wider(part.middles, segments, 1.0) for part in parts]).to(dtype),
+        sums=torch.cat([_wider(part.sums, segments, 0.0) for part in parts]).to(dtype),
+        near=torch.cat([part.near for part in parts]).to(dtype),
     )
+
+
+class _Segments(NamedTuple):
+    middles: Float[Tensor, "starts segments"]
+    sums: Float[Tensor, "starts segments terms"]
+    near: Float[Tensor, "starts 4"]
 
 
 def _segments(
     starts: Tensor, step: int, width: int, rates: Tensor, decays: Tensor, moments: Moments, terms: int
-) -> tuple[Float[Tensor, "starts segments"], Float[Tensor, "starts segments terms"]]:
-    """Middles and sums of the segments of these starts, over at most `width` steps after each."""
+) -> _Segments:
+    """Of these starts, over at most `width` steps after each."""
     after = torch.arange(1, width + 1)
     steps = starts.long()[:, None] + after
     real = steps <= step
@@ -107,7 +118,11 @@ def _segments(
     powers[..., 0] = c * u
     places = segment[..., None] * terms + torch.arange(terms)
     sums = u.new_zeros((len(starts), count * terms)).scatter_add_(1, places.flatten(1), powers.cumprod(2).flatten(1))
-    return middles, sums.unflatten(1, (count, terms))
+    last = u.gather(1, (real.sum(1, keepdim=True) - 1).clamp_min(0))
+    middle = (u[:, :1] + last) / 2
+    off, weight = 1 - u / middle, c * u
+    near = torch.cat([middle, *((weight * off**n).sum(1, keepdim=True) for n in range(3))], 1)
+    return _Segments(middles, sums.unflatten(1, (count, terms)), near)
 
 
 def _wider(values: Tensor, segments: int, filler: float) -> Tensor:

@@ -1,11 +1,12 @@
 """Sums over retrieved single-neuron experts by the fastest path at hand: y = sum_k w_k act(<u_k, x>) v_k.
 
 He 2024, equations 2 and 6. `neurons_reference` is the specification; `ops/neuron_kernel.py` is the compiled path,
-`ops/neuron_plain.py` torch's own; where the table is so small that multiplying all of it is cheaper than looking for
-the retrieved part, that is done.
+`ops/triton/neuron.py` that of a GPU, `ops/neuron_plain.py` torch's own; where the table is so small that multiplying
+all of it is cheaper than looking for the retrieved part, that is done.
 """
 
 import logging
+import os
 from functools import cache
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from mixwright.ops import kernels
+from mixwright.ops.gpu import neuron_passes
 from mixwright.ops.huge_pages import SpareMemory
 from mixwright.ops.neuron_gradients import AbstractPasses, Call, combine
 from mixwright.ops.neuron_kernel import CompiledPasses, fits
@@ -94,12 +96,16 @@ def _combine(
 
 
 def passes_for(x: Tensor, rows: Tensor, bias: Tensor | None) -> AbstractPasses:
-    """Who does the arithmetic on such tensors: the compiled functions, or torch."""
+    """Who does the arithmetic on such tensors: a GPU's kernels, the compiled functions, or torch."""
+    on_gpu = neuron_passes(x, rows)
+    if on_gpu is not None:
+        return on_gpu
     if fits(x, rows, bias):
         native = kernels.kernel()
         if native is not None:
             return CompiledPasses(native)
-        _say_plain(kernels.status())
+        if os.environ.get(kernels.SETTING) != "off":
+            _say_plain(kernels.status())
     return PlainPasses()
 
 

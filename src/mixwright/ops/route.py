@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixwright.ops import kernels
+from mixwright.ops.gpu import best_keys
 from mixwright.ops.product_key import (
     check_top_k,
     entropy,
@@ -87,6 +88,9 @@ def _is_nothing(bias: Tensor) -> bool:
 
 
 def _route(queries: Tensor, keys: _Keys, k: int, whole: bool) -> Routed:
+    by_triton = best_keys(queries, *keys[:2], k, *keys[2:4]) if keys.half_top_k is None else None
+    if by_triton is not None:
+        return Routed(*by_triton) if whole else Routed(*by_triton[:2])
     tokens, heads = queries.shape[:2]
     given = [t for t in (queries, *keys[:4]) if isinstance(t, Tensor)]
     native = kernels.kernel() if plain_floats(*given) and tokens * heads else None
@@ -97,6 +101,8 @@ def _route(queries: Tensor, keys: _Keys, k: int, whole: bool) -> Routed:
     lie_whole = keys.first[0].is_contiguous() and keys.second[0].is_contiguous()
     if native is not None and tokens * heads <= FEW * len(keys.first) and lie_whole and keys.half_top_k is None:
         _few(native, found, queries.contiguous(), keys)
+    elif native is None and len(keys.first) > 1 and _level(found, queries, keys):
+        pass
     elif len(keys.first) > 1:
         for head in range(heads):
             _plane(native, found, slice(head, head + 1), queries, keys.of(head))
@@ -118,6 +124,21 @@ def _plane(native: kernels.Kernels | None, found: Routed, heads: slice, queries:
         halves = [torch.mm(q, axis.mT, out=to[: len(q)]) for q, axis, to in zip(flat, axes, buffers)]
         mine = [None if whole is None else whole[token : token + step, heads].flatten(0, 1) for whole in found]
         _choose(native, Routed(*mine), halves[0], halves[1], keys)  # type: ignore[arg-type]
+
+
+def _level(found: Routed, queries: Tensor, keys: _Keys) -> bool:
+    """Fill in few tokens of all heads at once, whose time is that of calling torch; False for what is not like that."""
+    (tokens, heads), count = queries.shape[:2], keys.first.shape[1] + keys.second.shape[1]
+    if keys.first_bias is not None or keys.second_bias is not None or tokens * heads * count > BUFFER:
+        return False
+    by_head = queries.to(found.scores.dtype).transpose(0, 1)
+    halves = [
+        torch.bmm(by_head[:, :, side], axis.to(by_head.dtype).mT).transpose(0, 1).flatten(0, 1)
+        for side, axis in enumerate(keys[:2])
+    ]
+    whole = [None if one is None else one.flatten(0, 1) for one in found]
+    _choose(None, Routed(*whole), halves[0], halves[1], keys)  # type: ignore[arg-type]
+    return True
 
 
 def _choose(native: kernels.Kernels | None, found: Routed, first: Tensor, second: Tensor, keys: _Keys) -> None:

@@ -78,7 +78,8 @@ def replay_rows(
     if native is None:
         row_update.replay_rows(rows, first, second, ids, which, replay, eps, key)
         return
-    parts = [part.contiguous() for part in (replay.kept, replay.first, replay.second, replay.middles, replay.sums)]
+    steps = (replay.kept, replay.first, replay.second, replay.middles, replay.sums, replay.near)
+    parts = [part.contiguous() for part in steps]
     native.replay_rows(
         *(tensor.data_ptr() for tensor in (rows, first, second, ids, which)),
         *(len(ids), rows.shape[1], rows.dtype == torch.bfloat16),

@@ -172,7 +172,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         first, bias_first, bias_second = first[:, part], self.bias_first[:, part], self.bias_second
         biases = [bias.to(queries.dtype) for bias in (bias_first, bias_second)]
         most, start = first.shape[1] * second.shape[1], (part.start or 0) * second.shape[1]
-        wanted = min(k + detail, most)
+        wanted = min(k + detail, max(k, most))
         while True:
             found = route(queries, first, second, wanted, *biases, half_top_k=self.half_top_k, whole=detail)
             indices = found.indices + start

@@ -20,7 +20,7 @@ from mixwright.training.interrupt import Interruption, interruption
 from mixwright.training.processes import make_accelerator
 from mixwright.training.progress import Report, reporting
 from mixwright.training.randomness import own_randomness
-from mixwright.training.stage import Stage
+from mixwright.training.stage import ParamGroup, Stage
 from mixwright.training.update import HeldOut, Updater
 from mixwright.training.watching import Watcher
 
@@ -161,9 +161,13 @@ def _prepared(
         model.to(accelerator.device)
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    updater: Updater | None = None
     try:
-        yield Updater(model, stage, data, validation, config, seed, accelerator)
+        updater = Updater(model, stage, data, validation, config, seed, accelerator)
+        yield updater
     finally:
+        if updater is not None:
+            updater.close()
         for module, mode in modes.items():
             module.training = mode
         for parameter, flag in wanted.items():
@@ -195,7 +199,7 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
 
     from mixwright import __version__
 
-    groups = [[list(g.select), g.lr, g.maximize, g.split] for g in stage.groups]
+    groups = [[list(g.select), g.lr, g.maximize, g.split, *_own_rule(g)] for g in stage.groups]
     return {
         "stage": stage.name,
         "steps": str(stage.steps),
@@ -209,6 +213,10 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
         "processes": str(accelerator.num_processes),
         "code": f"mixwright {__version__}, torch {torch.__version__}",
     }
+
+
+def _own_rule(group: ParamGroup) -> list[str | float]:
+    return [] if (group.optimizer, group.lr_end) == ("adamw", 1.0) else [group.optimizer, group.lr_end]
 
 
 class _Log:

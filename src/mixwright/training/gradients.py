@@ -38,9 +38,15 @@ def touched_rows(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
     return ids, gradient._values()
 
 
-def compact_gradient(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """The sparse gradient of these rows; `ids` are unique and ascending."""
-    return torch.sparse_coo_tensor(ids[None], values, shape, is_coalesced=True, check_invariants=False)
+def compact_gradient(ids: Tensor, values: Tensor, shape: torch.Size, *, unique: bool = True) -> Tensor:
+    """The sparse gradient of these rows; `unique`: each is named once, in ascending order."""
+    return torch.sparse_coo_tensor(ids[None], values, shape, is_coalesced=unique, check_invariants=False)
+
+
+def no_rows(parameter: nn.Parameter) -> Tensor:
+    """The compact gradient that names no row."""
+    ids = torch.empty(0, dtype=torch.int64, device=parameter.device)
+    return compact_gradient(ids, parameter.new_empty((0, *parameter.shape[1:])), parameter.shape)
 
 
 def settle(parameter: nn.Parameter, frozen: Tensor | None = None) -> None:

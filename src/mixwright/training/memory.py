@@ -1,12 +1,13 @@
 """What training will need, before it is begun."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixwright.data.batches import Batches
+from mixwright.training.gradients import row_parameters, tables_of
 from mixwright.training.stage import Stage, select_parameters
 
 
@@ -18,15 +19,29 @@ def trainable_counts(model: nn.Module, stage: Stage) -> list[int]:
 def estimate_bytes(model: nn.Module, stage: Stage, data: Batches) -> dict[str, int]:
     """Bytes of `weights`, `gradients and optimiser` and `activations`, for one process.
 
-    The first two are counted. Activations are what one forward pass over one example keeps for its backward pass, times
-    the batch size: measured, but on one example, and without the temporaries of a layer.
+    The first two are counted, but for gradients of retrieved rows alone. Activations are what one forward pass over one
+    example keeps for its backward pass, times the batch size: measured, but on one example, and without the temporaries
+    of a layer.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     return {
         "weights": weights,
-        "gradients and optimiser": 3 * 4 * sum(trainable_counts(model, stage)),
+        "gradients and optimiser": sum(_learning(model, stage)),
         "activations": _kept(model, stage, data) * data.batch_size,
     }
+
+
+def _learning(model: nn.Module, stage: Stage) -> Iterator[int]:
+    """For each parameter, the bytes of its gradient and of what its optimiser keeps; compact gradients are left out."""
+    tables = row_parameters(tables_of(model))
+    for group, parameters in zip(stage.groups, select_parameters(model, stage.groups), strict=True):
+        for parameter in parameters.values():
+            if parameter not in tables or group.optimizer == "adamw":
+                yield 3 * 4 * parameter.numel()
+            elif group.optimizer == "lazy_adamw":
+                yield 2 * 4 * parameter.numel() + 4 * len(parameter)
+            else:
+                yield 4 * parameter.shape[:2].numel() + 4 * len(parameter)
 
 
 def _kept(model: nn.Module, stage: Stage, data: Batches) -> int:

@@ -6,16 +6,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixwright.training.gradients import row_parameters, tables_of
+from mixwright.training.row_optimizer import AbstractRowOptimizer
+from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
 from mixwright.training.stage import Stage
 
 
 def make_optimizers(
-    model: nn.Module, stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]]
+    model: nn.Module, stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]], seed: int = 0
 ) -> list[torch.optim.Optimizer]:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over everything, or Muon over hidden matrices and AdamW over the rest.
 
-    Each group keeps its full rate as `peak`, which the loop scales. Muon's updates are scaled to AdamW's size, so that
-    one learning rate serves both (Liu et al. 2025, `match_rms_adamw`).
+    Groups that name an optimiser of their own have it. Each group keeps its full rate as `peak`, which the loop scales.
+    Muon's updates are scaled to AdamW's size, so that one learning rate serves both (Liu et al. 2025,
+    `match_rms_adamw`).
     """
     matrices = _hidden_matrices(model) if stage.optimizer == "muon" else set[int]()
     adamw = _groups(stage, chosen, matrices, keep=False)
@@ -26,22 +30,24 @@ def make_optimizers(
     if muon:
         adjust: Literal["match_rms_adamw"] = "match_rms_adamw"
         optimizers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=stage.weight_decay, adjust_lr_fn=adjust))
-    return optimizers
+    return optimizers + _row_optimizers(model, stage, chosen, seed)
 
 
-def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
-    """Every group's learning rate is its peak times `rate`."""
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float, progress: float = 0.0) -> None:
+    """Every group's learning rate is its peak times `rate`, times what `progress` through the stage leaves of it."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = group["peak"] * rate * (1 + (group["end"] - 1) * progress)
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by `<optimiser>.<parameter>.<name>`, and plain values by the same keys."""
+    """Tensors by `<optimiser>.<parameter>.<name>`, and plain values by the same keys. Lagging rows go on lagging."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for number, optimizer in enumerate(optimizers):
-        for parameter, entries in optimizer.state_dict()["state"].items():
+        lazy = isinstance(optimizer, AbstractRowOptimizer)
+        taken = optimizer.state_dict(flush=False) if lazy else optimizer.state_dict()
+        for parameter, entries in taken["state"].items():
             for name, value in entries.items():
                 home = tensors if isinstance(value, Tensor) else values
                 home[f"{number}.{parameter}.{name}"] = value
@@ -58,7 +64,9 @@ def load_optimizer_state(
             owner, parameter, name = key.split(".", 2)
             if int(owner) == number:
                 state.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        lazy = isinstance(optimizer, AbstractRowOptimizer)
+        own = optimizer.state_dict(flush=False) if lazy else optimizer.state_dict()
+        optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
 def _groups(
@@ -67,9 +75,37 @@ def _groups(
     groups: list[dict[str, Any]] = []
     for group, parameters in zip(stage.groups, chosen, strict=True):
         members = [parameter for parameter in parameters.values() if (id(parameter) in matrices) == keep]
-        if members:
-            groups.append({"params": members, "peak": group.lr})
+        if members and group.optimizer == "adamw":
+            groups.append({"params": members, "peak": group.lr, "end": group.lr_end})
     return groups
+
+
+def _row_optimizers(
+    model: nn.Module, stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]], seed: int
+) -> list[torch.optim.Optimizer]:
+    """One for all groups of either kind. Raises ValueError for frozen rows that a dense optimiser would move."""
+    tables = tables_of(model)
+    groups: dict[str, list[dict[str, Any]]] = {"lazy_adamw": [], "rowwise_adagrad": [], "adamw": []}
+    for group, members in zip(stage.groups, chosen, strict=True):
+        entry = {"params": list(members.values()), "lr": 0.0, "peak": group.lr, "end": group.lr_end}
+        groups[group.optimizer].append(entry)
+    held = row_parameters(table for table in tables if table.frozen is not None and bool(table.frozen.any()))
+    for name, parameter in (
+        (n, p) for g, m in zip(stage.groups, chosen) if g.optimizer == "adamw" for n, p in m.items()
+    ):
+        if parameter in held:
+            raise ValueError(
+                f"stage {stage.name}: {name} has frozen rows, which adamw would move by its weight decay and momentum; "
+                "give its group optimizer=lazy_adamw or rowwise_adagrad."
+            )
+    made: list[torch.optim.Optimizer] = []
+    if groups["lazy_adamw"]:
+        made.append(LazyAdamW(groups["lazy_adamw"], weight_decay=stage.weight_decay, tables=tables, seed=seed))
+    if groups["rowwise_adagrad"]:
+        made.append(
+            RowwiseAdagrad(groups["rowwise_adagrad"], weight_decay=stage.weight_decay, tables=tables, seed=seed)
+        )
+    return made
 
 
 def _hidden_matrices(model: nn.Module) -> set[int]:

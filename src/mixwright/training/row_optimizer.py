@@ -39,17 +39,19 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         items = [params] if isinstance(params, nn.Module) else list(params)
         found = [*tables, *(table for item in items if isinstance(item, nn.Module) for table in tables_of(item))]
-        self._tables = row_parameters(found)
+        self.tables = row_parameters(found)
         self._dense = torch.optim.AdamW([torch.zeros(1)], **defaults)
         self._hooks: list[Callable[[], None]] = []
         self._closed = False
-        for parameter in self._tables:
+        self.reads: dict[nn.Parameter, list[Tensor]] | None = None
+        """Rows that were caught up, where somebody notes them to tell other processes."""
+        for parameter in self.tables:
             _check_table(parameter)
-        groups = _split(items, self._tables, {**table_defaults, "seed": seed})
+        groups = _split(items, self.tables, {**table_defaults, "seed": seed})
         super().__init__(groups, {**self._dense.defaults, "rows": False})
         stepped = {p for group in self.param_groups if group["rows"] for p in group["params"]}
-        self._tables = {p: table for p, table in self._tables.items() if p in stepped}
-        for table in dict.fromkeys(self._tables.values()):
+        self.tables = {p: table for p, table in self.tables.items() if p in stepped}
+        for table in dict.fromkeys(self.tables.values()):
             self._follow(table)
 
     @abstractmethod
@@ -88,16 +90,32 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
         """torch's, over all parameters of this optimiser, with the gradients of frozen rows left out."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         for parameter in parameters:
-            if parameter in self._tables:
-                settle(parameter, self._tables[parameter].frozen)
+            if parameter in self.tables:
+                settle(parameter, self.tables[parameter].frozen)
         return clip_gradients(parameters, max_norm)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Catch up every row of every table: one pass over whatever lags."""
         if not self._closed:
-            for parameter in self._tables:
-                self._catch_up(parameter, None)
+            for parameter in self.tables:
+                self.catch_up(parameter, None)
+
+    @torch.no_grad()
+    def catch_up(self, parameter: nn.Parameter, ids: Tensor | None) -> Tensor | None:
+        """Make up for what these rows of a table's parameter missed, None standing for all of them; which did lag."""
+        state = self.state.get(parameter)
+        if not state:
+            return None
+        _grow(state, len(parameter))
+        step, last = int(state["step"]), state["last"]
+        asked = (last < step).nonzero().squeeze(1) if ids is None else ids
+        if not step or not len(asked):
+            return None
+        found, starts = lagging_rows(asked, last, step, self.tables[parameter].frozen)
+        if len(found):
+            self._replay(parameter, found, starts, self._group_of(parameter))
+        return found
 
     def close(self) -> None:
         """Flush, and let go of the tables: their gradients are what they were before, and this optimiser is done."""
@@ -119,7 +137,7 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
         given = (number for group in state_dict["param_groups"] for number in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
         for number, parameter in zip(given, own, strict=True):
-            if parameter in self._tables and number in state_dict["state"]:
+            if parameter in self.tables and number in state_dict["state"]:
                 state = state_dict["state"][number]
                 local = ("step", *_HISTORY)
                 self.state[parameter] = {k: v if k in local else v.to(parameter.device) for k, v in state.items()}
@@ -130,12 +148,12 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
         lr, done = float(group["lr"]), int(state["step"])
         ids, values = touched_rows(cast(Tensor, parameter.grad))
         values = -values.flatten(1) if group["maximize"] else values.flatten(1)
-        frozen = self._tables[parameter].frozen
+        frozen = self.tables[parameter].frozen
         if frozen is not None:
             ids = torch.arange(len(parameter), device=parameter.device) if ids is None else ids
             free = ~frozen[ids]
             ids, values = ids[free], values[free]
-        self._catch_up(parameter, ids)
+        self.catch_up(parameter, ids)
         _remember(state, done + 1, lr, lr * group["weight_decay"])
         state["step"].fill_(done + 1)
         self._update(parameter, ids, values, lr, group)
@@ -162,18 +180,6 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
         }
         return self.state[parameter]
 
-    def _catch_up(self, parameter: nn.Parameter, ids: Tensor | None) -> None:
-        state = self.state.get(parameter)
-        if not state:
-            return
-        _grow(state, len(parameter))
-        step, last = int(state["step"]), state["last"]
-        asked = (last < step).nonzero().squeeze(1) if ids is None else ids
-        if step and len(asked):
-            found, starts = lagging_rows(asked, last, step, self._tables[parameter].frozen)
-            if len(found):
-                self._replay(parameter, found, starts, self._group_of(parameter))
-
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return next(g for g in self.param_groups if g["rows"] and any(p is parameter for p in g["params"]))
 
@@ -196,7 +202,9 @@ class AbstractRowOptimizer(torch.optim.Optimizer, ABC):
     def _read(self, table: NeuronTable, ids: Tensor) -> None:
         for parameter in (table.rows, table.bias):
             if parameter is not None:
-                self._catch_up(parameter, ids.reshape(-1))
+                found = self.catch_up(parameter, ids.reshape(-1))
+                if self.reads is not None and found is not None:
+                    self.reads[parameter].append(found)
 
 
 _HISTORY = ("rates", "decays", "constants")

@@ -29,6 +29,12 @@ class ParamGroup:
     """Whose batches give the gradient: `val` for parameters that learn on held-out data."""
     name: str = ""
     """For plans; the globs where it is empty."""
+    optimizer: Literal["adamw", "lazy_adamw", "rowwise_adagrad"] = "adamw"
+    """What learns tables of neurons: AdamW over every row, the same over retrieved rows only, or row-wise Adagrad.
+    Parameters of the group that are no table have AdamW in any case."""
+    lr_end: float = 1.0
+    """Share of `lr` that is left at the last step, falling linearly: tables may begin at 4 to 10 times the rate of the
+    rest and end at it (Huang et al. 2024, arXiv 2411.12364)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class Stage:
     clip: float | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: hidden matrices by Muon, everything else by AdamW."""
+    """`muon`: hidden matrices by Muon, everything else by AdamW; groups with an optimiser of their own keep it."""
     weight_decay: float = 0.0
     """Decoupled weight decay of every group."""
     choose_every: int | None = None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
 from mixwright.recipe import TrainConfig
-from mixwright.routers.query_norm import AbstractQueryNorm
+from mixwright.training.across import share_reads, sum_gradients
 from mixwright.training.checkpoint import Snapshot
+from mixwright.training.gradients import clip_gradients, no_rows, settle, touched_rows
+from mixwright.training.moving import moving_buffers, pool_over, pooling, refuse_sharded
 from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
 from mixwright.training.randomness import seed_pass
+from mixwright.training.row_optimizer import AbstractRowOptimizer
 from mixwright.training.stage import Stage, select_parameters
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,11 +52,16 @@ class Updater:
         self.chosen = select_parameters(model, stage.groups)
         self.parameters = {name: parameter for group in self.chosen for name, parameter in group.items()}
         self.sources = self._sources(data)
+        refuse_sharded(model, self.parameters.values(), stage.name)
         self._set_trainable()
-        for module in model.modules():
-            if isinstance(module, AbstractQueryNorm):
-                module.accumulate = config.accumulate
-        self.optimizers = make_optimizers(model, stage, self.chosen)
+        self.optimizers = make_optimizers(model, stage, self.chosen, seed)
+        self.lazy = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AbstractRowOptimizer)]
+        self.tables = {p: table for optimizer in self.lazy for p, table in optimizer.tables.items()}
+        if accelerator.num_processes > 1:
+            for optimizer in self.lazy:
+                optimizer.reads = {p: [] for p in optimizer.tables}
+        self._pooling = pooling(model)
+        pool_over(dict.fromkeys(self._pooling, config.accumulate))
         self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.autocast is torch.float16)
         self.best: HeldOut | None = None
@@ -64,14 +72,17 @@ class Updater:
 
         Raises ValueError for a loss or a gradient that is not finite, with the weights as they were before.
         """
-        set_rate(self.optimizers, self.stage.rate(step))
+        set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
         self._enter_training()
         for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None if parameter in self.tables else torch.zeros_like(parameter)
         losses = {split: self._accumulate(split, batches, step) for split, batches in self.sources.items()}
         for split, loss in losses.items():
             if not math.isfinite(loss):
                 raise ValueError(self._not_finite(f"the {split} loss is {loss}", step))
+        for parameter, table in self.tables.items():
+            parameter.grad = no_rows(parameter) if parameter.grad is None else parameter.grad
+            settle(parameter, table.frozen)
         self._sum_over_processes()
         self._apply(step)
         return losses.get("train", next(iter(losses.values())))
@@ -85,13 +96,21 @@ class Updater:
         found = HeldOut(done, sum(by_task.values()) / len(by_task), by_task if self.validation.tasks else {})
         if self.best is None or math.isnan(self.best.loss) or found.loss <= self.best.loss:
             self.best = found
-            self.best_weights = {name: tensor.detach().clone() for name, tensor in self._learned().items()}
+            self._flush()
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
         return found
 
     def keep_best(self) -> HeldOut | None:
         """Put the best weights back, if any were chosen; the step they are from and their held-out losses."""
+        self._flush()
         self._write(self.best_weights)
         return self.best
+
+    def close(self) -> None:
+        """Leave every row of the tables as the optimiser means it, and the model to others."""
+        for optimizer in self.lazy:
+            optimizer.close()
+        pool_over(self._pooling)
 
     @torch.no_grad()
     def held_out_losses(self, batches: Batches) -> dict[str, float]:
@@ -105,13 +124,14 @@ class Updater:
             totals[1, task] += batch.weight
         if self.accelerator.num_processes > 1:
             totals = cast(Tensor, self.accelerator.reduce(totals, "sum"))
+            share_reads(self.lazy)
         return dict(zip(names, (totals[0] / totals[1].clamp_min(1.0)).tolist(), strict=True))
 
     def snapshot(self, done: int) -> Snapshot:
         """Where the run stands after `done` steps."""
         tensors, values = optimizer_state(self.optimizers)
         files: dict[str, Mapping[str, Tensor]] = {
-            "weights.safetensors": self._learned(),
+            "weights.safetensors": self._changing(),
             "optimizer.safetensors": tensors,
         }
         if self.best is not None:
@@ -140,19 +160,16 @@ class Updater:
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         """Through the parameters, not their `data`: whoever keeps what was built from them is told by their version."""
-        learned = self._learned()
+        held = self._changing()
         for name, tensor in weights.items():
-            learned[name].copy_(tensor)
+            held[name].copy_(tensor)
 
-    def _learned(self) -> dict[str, Tensor]:
-        """What training changes: the parameters, and what modules that learn measure, such as a norm's running mean."""
-        learning = {id(parameter) for parameter in self.parameters.values()}
-        return dict(self.parameters) | {
-            f"{path}.{name}": buffer
-            for path, module in self.model.named_modules()
-            if any(id(parameter) in learning for parameter in module.parameters(recurse=False))
-            for name, buffer in module.named_buffers(recurse=False)
-        }
+    def _changing(self) -> dict[str, Tensor]:
+        return {**self.parameters, **moving_buffers(self.model, self.parameters.values())}
+
+    def _flush(self) -> None:
+        for optimizer in self.lazy:
+            optimizer.flush()
 
     def _sources(self, data: Batches) -> dict[str, Batches]:
         splits = {group.split for group in self.stage.groups}
@@ -208,12 +225,9 @@ class Updater:
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum").item()  # pyright: ignore
 
     def _sum_over_processes(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat: Any = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if self.accelerator.num_processes > 1:
+            share_reads(self.lazy)
+            sum_gradients(self.parameters.values(), self.tables, self.accelerator)
 
     def _apply(self, step: int) -> None:
         for optimizer in self.optimizers:
@@ -223,14 +237,14 @@ class Updater:
             raise ValueError(self._not_finite(f"the gradient's norm is {norm}", step))
         for parameter in self._climbing():
             if parameter.grad is not None:
-                parameter.grad.neg_()
+                touched_rows(parameter.grad)[1].neg_()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
 
     def _clipped(self) -> float:
         limit = math.inf if self.stage.clip is None else self.stage.clip
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        return clip_gradients(self.parameters.values(), limit).item()
 
     def _climbing(self) -> Sequence[nn.Parameter]:
         groups = zip(self.stage.groups, self.chosen, strict=True)

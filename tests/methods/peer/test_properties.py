@@ -225,7 +225,7 @@ def test_10_pieces_and_batches_do_not_matter_in_eval_mode(monkeypatch: pytest.Mo
         torch.testing.assert_close(torch.cat([made(part) for part in x.split(size)]), whole, rtol=0, atol=1e-13)
     with torch.no_grad():
         monkeypatch.setattr("mixwright.methods.peer.layer.QUERY_BYTES", 1)
-        monkeypatch.setattr("mixwright.routers.product_key.SCORE_BYTES", 100)
+        monkeypatch.setattr("mixwright.ops.route.BUFFER", 100)
         assert made._piece(x) == 16
         torch.testing.assert_close(made(x), whole, rtol=0, atol=1e-13)
         torch.testing.assert_close(made(x.view(4, 10, D)), whole.view(4, 10, D), rtol=0, atol=1e-13)

@@ -132,10 +132,26 @@ static inline void add_segment(
     }
 }
 
+/* Whether no root is below `least` where it counts. */
+static int all_above(const float *restrict root, const float *restrict m, int n, float least) {
+    int below = 0;
+    for (int k = 0; k < n; k++) below |= (root[k] < least) & (m[k] != 0);
+    return !below;
+}
+
+/* The same for all steps at once, where scaled is small beside every root that counts. */
+static void near_move(
+    float *restrict move, const float *restrict root, int n, float scaled, const float *restrict sums) {
+    for (int k = 0; k < n; k++) {
+        float inverse = 1 / (root[k] + scaled), ratio = scaled * inverse;
+        move[k] = inverse * (sums[0] + ratio * (sums[1] + ratio * sums[2]));
+    }
+}
+
 void mixwright_replay_rows(
     void *rows, float *first, float *second, const int64_t *ids, const int64_t *which, int64_t count, int64_t width,
     int64_t half, const float *kept, const float *first_kept, const float *second_kept, const float *middles,
-    const float *sums, int64_t segments, float eps, int64_t key) {
+    const float *sums, const float *near, int64_t segments, float eps, int64_t key) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < count; i++) {
         int64_t row = ids[i] * width, start = which[i];
@@ -152,10 +168,14 @@ void mixwright_replay_rows(
             float *restrict m = first + row + from, *restrict v = second + row + from;
             read_row(p, rows, half, row + from, n);
             roots(root, v, n);
-            memset(move, 0, sizeof move);
-            for (int64_t segment = 0; segment < segments; segment++)
-                if (own[segment * TERMS] != 0)
-                    add_segment(move, root, n, eps * middles[start * segments + segment], own + segment * TERMS);
+            if (all_above(root, m, n, 1000 * eps * near[start * 4])) {
+                near_move(move, root, n, eps * near[start * 4], near + start * 4 + 1);
+            } else {
+                memset(move, 0, sizeof move);
+                for (int64_t segment = 0; segment < segments; segment++)
+                    if (own[segment * TERMS] != 0)
+                        add_segment(move, root, n, eps * middles[start * segments + segment], own + segment * TERMS);
+            }
             for (int k = 0; k < n; k++) {
                 p[k] = kept[start] * p[k] - m[k] * move[k];
                 m[k] *= first_kept[start];
