@@ -141,6 +141,18 @@ def test_a_cut_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.
     assert 0 < int(steps) <= 4  # one for each step of the optimiser, not for each pass; those of the best weights
 
 
+def test_rows_learn_by_the_optimiser_that_is_asked_for(tmp_path: Path) -> None:
+    """The exact lazy one leaves what AdamW leaves; row-wise Adagrad leaves something else."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name in ("adamw", "lazy_adamw", "rowwise_adagrad"):
+        train(recipe_for(tmp_path / name, config={**SMALL, "table_optimizer": name, "weight_decay": 0.1}))
+        states[name] = state_of(tmp_path / name / "run" / "pretrain" / "composition")
+    for key, tensor in states["adamw"].items():
+        torch.testing.assert_close(states["lazy_adamw"][key], tensor, rtol=1e-4, atol=1e-6)
+    rows = next(key for key in states["adamw"] if key.endswith("table.rows"))
+    assert (states["rowwise_adagrad"][rows] - states["adamw"][rows]).abs().max() > 1e-4
+
+
 def test_the_best_weights_come_with_their_statistics(tmp_path: Path) -> None:
     """What is held out is unlearned at once: what is kept is the model before the first step, statistics included."""
     recipe = recipe_for(tmp_path, held_out=True, config={**SMALL, "warmup": 0.0, "steps": 12})

@@ -95,6 +95,12 @@ class PeerConfig:
     """Of all first values. `mixwright train` passes the recipe's."""
     learning_rate: float = 1e-3
     """Of the rows, in both stages. Not stated in the paper; Berges et al. 2024 use 1e-3."""
+    learning_rate_end: float = 1.0
+    """Share of `learning_rate` that is left at the last step, falling linearly: rows may begin at 4 to 10 times the
+    rate of the rest and end at it (Huang et al. 2024). Not in the paper."""
+    table_optimizer: Literal["adamw", "lazy_adamw", "rowwise_adagrad"] = "lazy_adamw"
+    """What learns the rows: AdamW over all of them; the same, exactly, at the cost of the retrieved ones; or row-wise
+    Adagrad, with one number of state for each row part. Not stated in the paper."""
     router_learning_rate: float = 1e-3
     """Of queries, norms, sub-keys and projections. Not stated in the paper."""
     weight_decay: float = 0.0
@@ -143,7 +149,7 @@ def _unfit_counts(config: PeerConfig) -> list[str]:
         for name in least
         if (value := getattr(config, name)) is not None and value < least[name]
     ]
-    positive = ("learning_rate", "router_learning_rate", "clip")
+    positive = ("learning_rate", "router_learning_rate", "learning_rate_end", "clip")
     faults += [f"{name}={value}: expected more than 0" for name in positive if not (value := getattr(config, name)) > 0]
     if config.weight_decay < 0:
         faults.append(f"weight_decay={config.weight_decay}: expected 0 or more")

@@ -20,7 +20,17 @@ from mixwright.training.stage import Objective, ParamGroup, Stage
 CHOOSE_EVERY = 100
 
 OF_TRAINING = frozenset(
-    {"seed", "licence", "learning_rate", "router_learning_rate", "weight_decay", "steps", "distil_steps"}
+    {
+        "seed",
+        "licence",
+        "learning_rate",
+        "router_learning_rate",
+        "learning_rate_end",
+        "table_optimizer",
+        "weight_decay",
+        "steps",
+        "distil_steps",
+    }
     | {"warmup", "cooldown", "clip"}
 )
 """What may be set anew for a composition that is there already. All else is built into it."""
@@ -43,7 +53,13 @@ def groups(config: PeerConfig) -> tuple[ParamGroup, ...]:
     if config.layer["output_gate"]:
         paths.append("*.experts.output_gate.*")
     return (
-        ParamGroup(select=("*.experts.table.*",), lr=config.learning_rate, name="table"),
+        ParamGroup(
+            select=("*.experts.table.*",),
+            lr=config.learning_rate,
+            lr_end=config.learning_rate_end,
+            optimizer=config.table_optimizer,
+            name="table",
+        ),
         ParamGroup(select=tuple(paths), lr=config.router_learning_rate, name="router"),
     )
 

@@ -66,7 +66,8 @@ def revive(
     `data`: inputs, or mappings of keyword arguments; `used`: what a usage meter counted on a stream that stands for
     all that matters. Directions come from the queries of the `share` of tokens with the lowest coverage, by k-means;
     rows in from the inputs of the tokens with the highest `losses` `(*batch)`, one tensor for each of `data`, or
-    without losses from those with the lowest coverage. What a site sees beyond 8192 tokens is not looked at.
+    without losses from those with the lowest coverage. What a site sees beyond 8192 tokens
+    is not looked at; the last open sub-key of the first axis stays as it is.
     """
     sites = neuron_sites(model)
     pools = _pools(model, sites, data, losses)
@@ -78,6 +79,8 @@ def revive(
         for axis, place in (("first", 0), ("second", 1)):
             keys, bias = (router.get_parameter(f"keys_{axis}"), router.get_buffer(f"bias_{axis}"))
             dead = _dead(getattr(used[name], axis).counts, bias)
+            if axis == "first":  # kept out behind the last open one they would be scored apart, and round otherwise
+                dead = dead[dead[:, 1] != int((bias != -torch.inf).any(0).nonzero()[-1])]
             if not len(dead):
                 continue
             found = _reseed(keys, bias, dead, pool, place, share, seed)
