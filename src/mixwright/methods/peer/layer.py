@@ -147,6 +147,8 @@ class PEER(Growing, NeuronVerbs):
         """
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be dim={self.dim}.")
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; expected floating point numbers, as hidden states are.")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"token_mask has shape {tuple(token_mask.shape)}; expected {tuple(x.shape[:-1])}, true for real tokens."
