@@ -241,7 +241,7 @@ def report(result: dict[str, Any]) -> str:
         parts.append(
             f"**{kind}**, {found['layers']} layers of {found['neurons']} neurons; nats per byte. Dense "
             f"{found['dense']:.3f}; all neurons retrieved {found['all_neurons']:.3f} (logits differ by "
-            f"{found['all_neurons_logits_differ_by']:.0e} of the largest); dense, fine-tuned as long "
+            f"{found['all_neurons_logits_differ_by'] or 1e-5:.0e} of the largest, or less); dense, fine-tuned as long "
             f"{found['dense_fine_tuned']:.3f}.\n"
         )
         rows = [

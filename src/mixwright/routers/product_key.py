@@ -105,6 +105,10 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
     ) -> Retrieval:
         """What is retrieved for queries that are normalised already."""
         shape, k = queries.shape[:-3], self.top_k if top_k is None else top_k
+        if not 1 <= k <= self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"top_k={k}: expected 1 to {self.grid[0] * self.grid[1]}, the experts that a head can find."
+            )
         flat = queries.reshape(-1, *queries.shape[-3:])
         with torch.autocast(flat.device.type, enabled=False):
             first, second = self._keys()

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mixwright as mw
+from mixwright.backbones.tiny import tiny_backbone
 from mixwright.experts.neuron import NeuronExperts
 from mixwright.methods.peer.growth import admit, freeze_present, grow, open_rows, origins, reserve_slots
 from mixwright.methods.peer.layer import PEER
@@ -266,6 +268,57 @@ def test_what_is_wrapped_around_the_router_follows() -> None:
         grow(wide, made.experts, 2)
         assert wide.num_experts == made.experts.num_experts and wide.grid == made.router.grid
         assert torch.equal(made.experts(tokens(), wide(tokens(), Condition()), Condition()), before)
+
+
+def test_a_composed_model_grows_at_its_sites_and_is_saved(tmp_path: Path) -> None:
+    backbone = tiny_backbone("llama").eval()
+    options = {"num_experts": (8, 8), "heads": 2, "top_k": 4, "dim_key": 8, "sites": "all"}
+    model = mw.compose("peer", backbone=backbone, **options)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        site = next(iter(model.layers))
+        assert model.grow(2, site=site, source="news") == {site: range(64, 80)}
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model.grow(1)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model.freeze_present()
+        model.save_pretrained(tmp_path / "waiting")
+        again = mw.load(tmp_path / "waiting", backbone=tiny_backbone("llama").eval())
+        assert torch.equal(again(input_ids=ids).logits, before)
+        assert again.origins([63, 64])[site][1].source == "news"
+        for each in (model, again):
+            each.reserve_slots(2)
+            assert torch.equal(each(input_ids=ids).logits, before)
+        again.layers[site][0].extra_gate.fill_(1.0)
+        after = again(input_ids=ids).logits
+        assert not torch.equal(after, before)
+        again.save_pretrained(tmp_path / "slots")
+        third = mw.load(tmp_path / "slots", backbone=tiny_backbone("llama").eval())
+        assert torch.equal(third(input_ids=ids).logits, after)
+    with pytest.raises(ValueError, match="no site 'nowhere'; there are"):
+        model.grow(1, site="nowhere")
+
+
+def test_the_layer_has_the_verbs() -> None:
+    made = layer()
+    assert made.grow(1, source="x") == {"layer": range(143, 154)}
+    made.freeze_present()
+    made.admit(0.5)
+    made.admit()
+    assert made.origins([143])["layer"][0].source == "x"
+    with torch.no_grad():
+        trace = made.explain(tokens(400))["layer"]
+        torch.testing.assert_close(trace.outputs.view(2, 400, D), made(tokens(400)), rtol=1e-5, atol=1e-5)
+        gone = trace.ids.unique()[:9]
+        made.ablate(gone)
+        assert not torch.isin(made.explain(tokens(400))["layer"].ids, gone).any()
+        made.unablate()
+        made.widen_unsure({"layer": torch.full((3,), 0.5)}, 9)
+        assert "heads=3" in repr(made)
+        assert made(tokens(400)).shape == (2, 400, D)
+        made.retrieve_plainly()
+        torch.testing.assert_close(made.explain(tokens(400))["layer"].outputs, trace.outputs)
 
 
 def test_what_can_not_grow_says_so() -> None:

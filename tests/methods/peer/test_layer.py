@@ -249,3 +249,8 @@ def test_calibrate_refuses_a_silent_layer(x: Tensor) -> None:
         made.experts.table.rows[:, -1] = 0  # type: ignore[index]
     with pytest.raises(ValueError, match="outputs are zero"):
         made.calibrate(x)
+
+
+def test_whole_numbers_are_no_hidden_states() -> None:
+    with pytest.raises(TypeError, match="x has dtype torch.int64; expected floating point"):
+        PEER(8, 16, heads=1, top_k=2, dim_key=4)(torch.ones(2, 8, dtype=torch.long))

@@ -77,6 +77,8 @@ def test_peer_pytorchs_state_dict_loads_with_its_defaults() -> None:
 def test_peer_pytorch_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ValueError, match="activation Tanh is not ours; accepted are nn.GELU"):
         PEER.from_peer_pytorch(TheirPEER(D, heads=H, num_experts=N * N, activation=nn.Tanh))
+    with pytest.raises(TypeError, match="Linear is no PEER of PEER-pytorch, which has activation"):
+        PEER.from_peer_pytorch(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="keys is missing from the state dict, which holds weight"):
         PEER.from_peer_pytorch(nn.Linear(2, 2).state_dict())
 

@@ -4,7 +4,7 @@
 |----|------|-------|
 |  1 | top k of all sums, brute force | ops/test_product_key.py |
 |  2 | the staircase is complete and minimal | ops/test_product_key.py |
-|  3 | outputs and gradients of a loop in float64 | here; every path of the sums: ops/test_neuron.py |
+|  3 | outputs and gradients of a loop in float64 | here; paths: ops/test_neuron.py, ops/test_neuron_kernel.py |
 |  4 | reach: more than k^2 experts are found | here |
 |  5 | k = 1 is an MLP of h neurons; all of N is the dense layer | here; real layers: test_conversion.py |
 |  6 | permuted heads, sub-keys, tokens | here |
@@ -12,19 +12,20 @@
 |  8 | several heads, one row; counts conserve | here |
 |  9 | gates sum to one; a constant on all scores | here |
 | 10 | pieces, batches, causality | here |
-| 11 | determinism | here; threads: ops/test_neuron.py |
+| 11 | determinism | here; threads: ops/test_neuron_kernel.py, ops/test_product_key.py |
 | 12 | dense, compact and in-place optimisers agree | training/test_row_optimizers.py |
-| 13 | memory of a pass does not grow with K d | here |
+| 13 | memory of a pass does not grow with K d | here; backward: ops/test_neuron_kernel.py |
 | 14 | layouts of others, there and back | test_layouts.py |
 | 15 | shapes | here and test_layer.py |
 | 16 | processes | routers/test_query_norm.py, experts/test_sharded_table.py |
 | 17 | coverage, entropy, unevenness | routers/test_product_key.py, ops/test_spread.py |
 | 18 | growth; quantised rows | test_growth.py, experts/test_quantised_table.py |
-| 19 | speed as ratios in one run | ops/test_neuron_speed.py |
+| 19 | speed as ratios in one run | here |
 """
 
 import copy
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixwright.methods.peer.layer import PEER
+from mixwright.ops import kernels
+from mixwright.ops.neuron import combine_neurons, neurons_reference
 from mixwright.ops.product_key import product_key_top_k_reference
 from mixwright.routing import Condition
 
@@ -225,7 +228,7 @@ def test_10_pieces_and_batches_do_not_matter_in_eval_mode(monkeypatch: pytest.Mo
         torch.testing.assert_close(torch.cat([made(part) for part in x.split(size)]), whole, rtol=0, atol=1e-13)
     with torch.no_grad():
         monkeypatch.setattr("mixwright.methods.peer.layer.QUERY_BYTES", 1)
-        monkeypatch.setattr("mixwright.ops.route.BUFFER", 100)
+        monkeypatch.setattr("mixwright.ops.route.BUFFER", 25)
         assert made._piece(x) == 16
         torch.testing.assert_close(made(x), whole, rtol=0, atol=1e-13)
         torch.testing.assert_close(made(x.view(4, 10, D)), whole.view(4, 10, D), rtol=0, atol=1e-13)
@@ -316,6 +319,21 @@ def test_15_masked_tokens_contribute_nothing() -> None:
     made = layer()
     alone = made(x[mask])
     torch.testing.assert_close(layer()(x, mask)[mask], alone, rtol=0, atol=1e-12)
+
+
+def test_19_sums_are_far_faster_than_gathered_rows(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "kernel", lambda: compiled)
+    torch.manual_seed(0)
+    rows, x = torch.randn(128**2, 2, 64), torch.randn(256, 64)
+    indices, weights = torch.randint(0, 128**2, (256, 128)), torch.rand(256, 128)
+    spent = {combine_neurons: [], neurons_reference: []}
+    for _ in range(7):
+        for way, times in spent.items():
+            start = time.process_time()
+            way(x, rows, weights, indices, "gelu")
+            times.append(time.process_time() - start)
+    ratios = sorted(b / a for a, b in zip(*spent.values(), strict=True))
+    assert ratios[3] > 2, ratios
 
 
 def test_the_router_agrees_with_brute_force_over_all_experts() -> None:

@@ -54,7 +54,7 @@ def grow(
     themselves). A table that several layers share grows with the first of them, and the others follow. Raises
     ValueError for layers that can't grow, before anything is changed.
     """
-    _, plain, neurons, table = _parts(router, experts)
+    plain, neurons, table = _parts(router, experts)
     if sub_keys < 1:
         raise ValueError(f"sub_keys={sub_keys}; expected at least 1, each of which is {plain.grid[1]} experts.")
     if plain.extra is not None:
@@ -90,7 +90,7 @@ def admit(router: AbstractRouter, experts: AbstractExperts, progress: float = 1.
     At 1 they are like the others. `depth` is by default four times the length of a sub-key, about four deviations of
     what standardised queries score; raise `progress` step by step in training. Raises ValueError where nobody waits.
     """
-    _, plain, neurons, _ = _parts(router, experts)
+    plain, neurons, _ = _parts(router, experts)
     start = _waiting(plain, neurons)
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress={progress}; accepted is a share from 0 (kept out) to 1 (like the others).")
@@ -108,7 +108,7 @@ def reserve_slots(router: AbstractRouter, experts: AbstractExperts, slots: int, 
 
     Rows out of zero are drawn anew, in the size of the present ones: of a factor and a row of zero neither would learn.
     """
-    _, plain, neurons, table = _parts(router, experts)
+    plain, neurons, table = _parts(router, experts)
     start = _waiting(plain, neurons)
     new = (plain.grid[0] - start) * plain.grid[1]
     if not 1 <= slots <= new:
@@ -131,7 +131,7 @@ def freeze_present(router: AbstractRouter, experts: AbstractExperts) -> None:
     Rows and sub-keys then stay the same to the bit under optimisers of ours, and under others that neither decay
     weights nor carry momentum from before. `router.norm.frozen` is not saved; freeze again after loading.
     """
-    _, plain, neurons, table = _parts(router, experts)
+    plain, neurons, table = _parts(router, experts)
     start = _waiting(plain, neurons)
     table.catch_up()
     frozen = torch.arange(table.num_experts, device=table.rows.device) < start * plain.grid[1]
@@ -150,7 +150,7 @@ def open_rows(experts: AbstractExperts, used_now: Tensor, used_before: Tensor, t
     The order is TF-IDF of their use: count now / all now * log((1 + all before) / (1 + count before)). Both counts are
     `(experts,)`; see `evaluation/neuron_usage.py`. Returns the ids; every other row is frozen.
     """
-    neurons = _neurons(experts)[1]
+    neurons = _neurons(experts)
     table = _table(neurons)
     for name, counts in (("used_now", used_now), ("used_before", used_before)):
         if counts.shape != (table.num_experts,):
@@ -169,7 +169,7 @@ def open_rows(experts: AbstractExperts, used_now: Tensor, used_before: Tensor, t
 
 def origins(experts: AbstractExperts, ids: Iterable[int]) -> list[Origin]:
     """Where these rows came from; the first ones at step 0, from nowhere."""
-    table = _table(_neurons(experts)[1])
+    table = _table(_neurons(experts))
     blocks = [] if table.provenance is None else table.provenance.tolist()
     found: list[Origin] = []
     for index in ids:
@@ -178,34 +178,26 @@ def origins(experts: AbstractExperts, ids: Iterable[int]) -> list[Origin]:
     return found
 
 
-def _parts(
-    router: AbstractRouter, experts: AbstractExperts
-) -> tuple[list[nn.Module], ProductKeyRouter, NeuronExperts, NeuronTable]:
-    """What is wrapped around them, and the plain router, neurons and rows."""
-    wrappers: list[nn.Module] = []
-    plain: nn.Module = router
+def _parts(router: AbstractRouter, experts: AbstractExperts) -> tuple[ProductKeyRouter, NeuronExperts, NeuronTable]:
+    """The plain router, neurons and rows inside of whatever is wrapped around them."""
+    plain: nn.Module | None = router
     while not isinstance(plain, ProductKeyRouter):
-        wrappers.append(plain)
-        inner = getattr(plain, "router", None)
-        if not isinstance(inner, nn.Module):
+        plain = getattr(plain, "router", None)
+        if plain is None:
             raise ValueError(f"a {type(router).__name__} does not retrieve by product keys and can't grow.")
-        plain = inner
-    around, neurons = _neurons(experts)
     if plain.separate_heads:
         raise ValueError("separate_heads: ids of one head stand before those of the next, so nothing can be appended.")
-    return [*wrappers, *around], plain, neurons, _table(neurons)
+    neurons = _neurons(experts)
+    return plain, neurons, _table(neurons)
 
 
-def _neurons(experts: AbstractExperts) -> tuple[list[nn.Module], NeuronExperts]:
-    around: list[nn.Module] = []
-    inner: nn.Module = experts
+def _neurons(experts: AbstractExperts) -> NeuronExperts:
+    inner: nn.Module | None = experts
     while not isinstance(inner, NeuronExperts):
-        around.append(inner)
-        found = getattr(inner, "experts", None)
-        if not isinstance(found, nn.Module):
+        inner = getattr(inner, "experts", None)
+        if inner is None:
             raise ValueError(f"{type(experts).__name__} are no neurons in a table.")
-        inner = found
-    return around, inner
+    return inner
 
 
 def _table(neurons: NeuronExperts) -> NeuronTable:

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixwright.evaluation.neuron_sites import neurons_of
+from mixwright.evaluation.neuron_sites import neurons_of, plain_router
 from mixwright.experts.disk_table import to_disk
 from mixwright.experts.neuron import NeuronExperts, OutputGate
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, out_std_for
 from mixwright.methods.peer import layouts
+from mixwright.methods.peer.growing import Growing
 from mixwright.methods.peer.presets import PRESETS
 from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.ops.neuron import Activation
@@ -39,7 +40,7 @@ class InputNorm(nn.Module):
         return nn.functional.normalize(x, dim=-1) * scale
 
 
-class PEER(NeuronVerbs):
+class PEER(Growing, NeuronVerbs):
     """f(x) = sum over heads and retrieved experts of g e(x), e(x) = act(<u, x>) v (He 2024, section 2, Algorithm 1).
 
     `num_experts`: a square number N, or a grid (n1, n2) of sub-keys. `top_k`: experts per head. `dim_key`: the width of
@@ -146,6 +147,8 @@ class PEER(NeuronVerbs):
         """
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be dim={self.dim}.")
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; expected floating point numbers, as hidden states are.")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"token_mask has shape {tuple(token_mask.shape)}; expected {tuple(x.shape[:-1])}, true for real tokens."
@@ -172,9 +175,11 @@ class PEER(NeuronVerbs):
     def _piece(self, tokens: Tensor) -> int:
         """How many tokens at once: all, unless outputs are all that is asked for."""
         whole = self.training or torch.is_grad_enabled() or neurons_of(self.experts).table.collective
-        if whole or torch.compiler.is_compiling() or self.router.observers:
+        watched = self.router.observers or self.router._forward_hooks or self.router._forward_pre_hooks
+        if whole or watched or torch.compiler.is_compiling():
             return max(1, len(tokens))
-        return max(16, QUERY_BYTES // (4 * self.router.heads * self.router.dim_key))
+        router = plain_router(self.router)
+        return max(16, QUERY_BYTES // (4 * router.heads * router.dim_key))
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch dim"], rms: float = OUTPUT_RMS) -> float:
@@ -252,7 +257,7 @@ class PEER(NeuronVerbs):
 
     def extra_repr(self) -> str:
         """The sizes."""
-        router = self.router
+        router = plain_router(self.router)
         return f"dim={self.dim}, grid={router.grid}, heads={router.heads}, top_k={router.top_k}, gate={router.gate!r}"
 
 

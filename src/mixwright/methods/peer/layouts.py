@@ -39,7 +39,13 @@ def options_of(state: State) -> dict[str, Any]:
 
 
 def settings_of_peer_pytorch(module: nn.Module) -> dict[str, Any]:
-    """What a `PEER` of PEER-pytorch is beside its weights."""
+    """What a `PEER` of PEER-pytorch is beside its weights. Raises TypeError for another module."""
+    parts = ("activation", "num_experts_per_head_topk", "product_key_topk", "score_activation", "dropout")
+    if not all(hasattr(module, part) for part in parts):
+        raise TypeError(
+            f"{type(module).__name__} is no PEER of PEER-pytorch, which has {', '.join(parts)}; give that module, or "
+            "its state dict."
+        )
     layer: Any = module
     activation = layer.activation
     named = {nn.ReLU: "relu", nn.SiLU: "silu"}
