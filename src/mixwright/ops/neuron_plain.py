@@ -20,7 +20,10 @@ TOKENS = 256
 """Tokens at a time: what is held besides the result stays the same however many there are."""
 
 GATHERED = 1 << 20
-"""Bytes of rows that are gathered at once: about the second cache."""
+"""Bytes of rows that are gathered at once, where they have to be: about the second cache."""
+
+FEW = 1 << 18
+"""Bytes of retrieved rows up to which gathering them is quickest: those of a token with 128 experts of width 256."""
 
 
 class PlainPasses(AbstractPasses):
@@ -31,7 +34,7 @@ class PlainPasses(AbstractPasses):
         low, high = call.indices.aminmax()
         if low < 0 or high >= len(call.rows):  # the sampled product would read there
             raise outside(call)
-        if call.indices.numel() * call.rows[0].numel() * call.rows.element_size() <= GATHERED:
+        if call.indices.numel() * call.rows[0].numel() * call.rows.element_size() <= FEW:
             return _gathered(call, keep)
         out = torch.empty_like(call.x, memory_format=torch.contiguous_format)
         before = call.x.new_empty((*call.indices.shape, call.rows.shape[1] - 1), dtype=_wide(call)) if keep else None
