@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from mixwright.ops import kernels, neuron
+from mixwright.ops import kernels, neuron, neuron_plain
 from mixwright.ops.neuron import combine_neurons, neurons_reference
 from mixwright.ops.neuron_gradients import combine
 from mixwright.ops.neuron_kernel import CompiledPasses
@@ -32,7 +32,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("gradient", ["dense", "compact", "auto"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_plain_torch_is_the_reference_in_double_precision(shape, gradient):
+@pytest.mark.parametrize("few", [1 << 18, 0])
+def test_plain_torch_is_the_reference_in_double_precision(shape, gradient, few, monkeypatch):
+    monkeypatch.setattr("mixwright.ops.neuron_plain.FEW", few)
     given = case(**shape)
     agree(both(plain, *given, gradient=gradient), both(neurons_reference, *given), 1e-10)
 
@@ -58,6 +60,7 @@ def test_rows_are_gathered_where_torch_has_no_sampled_product(monkeypatch):
     given = case(tokens=30, width=96, parts=3, bias=True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.setattr("mixwright.ops.neuron_plain.GATHERED", GATHERED >> 8)
+    monkeypatch.setattr("mixwright.ops.neuron_plain.FEW", 0)
     agree(both(plain, *given), both(neurons_reference, *given), 1e-10)
 
 
@@ -65,6 +68,18 @@ def test_rows_are_gathered_where_torch_has_no_sampled_product(monkeypatch):
 def test_multiplying_the_whole_table_is_the_same_sum(parts):
     given = case(parts=parts, bias=parts > 1)
     agree(both(neurons_by_matmul, *given), both(neurons_reference, *given), 1e-10)
+
+
+def test_rows_of_few_tokens_are_gathered_at_once(monkeypatch):
+    found = []
+    gathered = neuron_plain._gathered
+    monkeypatch.setattr(neuron_plain, "_gathered", lambda *a: found.append(1) or gathered(*a))
+    for tokens in (1, 2):
+        x, rows, weights = torch.randn(tokens, 256), torch.randn(400, 2, 256), torch.rand(tokens, 128)
+        indices = torch.randint(400, (tokens, 128))
+        with torch.no_grad():
+            combine(PlainPasses(), x, rows, weights, indices, "gelu", None, "dense")
+    assert len(found) == 1
 
 
 def test_a_small_table_is_multiplied_and_a_large_one_is_not(monkeypatch):

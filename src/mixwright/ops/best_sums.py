@@ -35,15 +35,13 @@ def _ranks(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-@cache  # ranks depend on sizes only and are never written
-def _kept(k: int, n1: int, n2: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return staircase(k, n1, n2), corners(k, n1, n2)
+_staircase_kept, _corners_kept = cache(staircase), cache(corners)  # ranks depend on sizes only, nobody writes to them
 
 
 def _plan(k: int, n1: int, n2: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     if torch.compiler.is_compiling():
         return staircase(k, n1, n2), corners(k, n1, n2)
-    return _kept(k, n1, n2)
+    return _staircase_kept(k, n1, n2), _corners_kept(k, n1, n2)
 
 
 def best_sums(
@@ -60,19 +58,26 @@ def best_sums(
 
 
 def _quick(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for rows without equals, and which rows have some."""
+    """The same for rows without equals, and which rows may have some."""
     n1, n2 = first.shape[1], second.shape[1]
-    (a, rows), (b, columns) = first.topk(min(k + 1, n1)), second.topk(min(k + 1, n2))
-    i, j = (torch.cat(both) for both in zip(*_plan(k, n1, n2)))
-    sums = a[:, i] + b[:, j]
-    best, order = sums.topk(min(k + 1, len(i)))
-    tied = _repeats(a) | _repeats(b) | _repeats(best)
-    i, j = i[order[:, :k]], j[order[:, :k]]
-    return best[:, :k], rows.gather(1, i) * n2 + columns.gather(1, j), tied
+    (a, rows), (b, columns) = first.topk(min(k, n1)), second.topk(min(k, n2))  # k + 1 can take torch twice as long
+    i, j = _staircase_kept(k + 1, min(k, n1), min(k, n2))  # k + 1 of these beat, or equal, any other of such ranks
+    best, order = (a[:, i] + b[:, j]).topk(min(k + 1, len(i)))
+    together = torch.cat([a, b, best], 1)
+    tied = (together[:, 1:] == together[:, :-1]).any(1)
+    sums, order = best[:, :k], order[:, :k]
+    for half, mine, other in ((first, a, b), (second, b, a)):
+        if k < half.shape[1]:
+            _follows(tied, half, mine, other[:, 0], sums[:, -1])
+    return sums, rows.gather(1, i[order]) * n2 + columns.gather(1, j[order]), tied
 
 
-def _repeats(descending: Tensor) -> Tensor:
-    return (descending[:, 1:] == descending[:, :-1]).any(1)
+def _follows(tied: Tensor, half: Tensor, best: Tensor, other: Tensor, last: Tensor) -> None:
+    """Mark rows in which what follows the k best of a half reaches the last sum; most often even the k-th does not."""
+    near = (best[:, -1] + other >= last).nonzero()[:, 0]
+    if len(near):
+        following = half[near].topk(best.shape[1] + 1).values[:, -1]
+        tied[near] |= following + other[near] >= last[near]
 
 
 def _sorted(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,7 @@ class ProductKeyRouter(WideBuffers, AbstractRetriever):
         wanted = min(k + detail, max(k, most))
         while True:
             found = route(queries, first, second, wanted, *biases, half_top_k=self.half_top_k, whole=detail)
-            indices = found.indices + start
+            indices = found.indices + start if start else found.indices
             if self.separate_heads:
                 indices = indices + self._offset(indices)
             if self.ablated is None:
@@ -262,8 +262,8 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _gate(kind: GateName, scores: Tensor) -> Tensor:
     """One head's gates of its retrieved scores; zero where the score is -inf, everywhere if need be."""
-    possible = scores > -torch.inf
-    scores = scores.masked_fill(~possible, torch.finfo(scores.dtype).min)
+    out = ~(scores > -torch.inf)
+    scores = scores.masked_fill(out, torch.finfo(scores.dtype).min)
     if kind == "softmax":
         gates = scores.softmax(-1)
     elif kind == "relu":
@@ -274,7 +274,7 @@ def _gate(kind: GateName, scores: Tensor) -> Tensor:
         gates = scores.sigmoid()
         if kind == "renormalised":
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-    return gates.masked_fill(~possible, 0.0)
+    return gates.masked_fill(out, 0.0)
 
 
 def _measured(found: Routed, k: int) -> _Found:
