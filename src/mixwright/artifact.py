@@ -22,7 +22,8 @@ from mixwright.yaml12 import parse_yaml
 _HEADER_LIMIT = 1 << 24
 _TEXT_LIMIT = 1 << 24
 _ADDED_LIMIT = 1 << 40
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL"})
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+_TABLE_DTYPES = _DTYPES | {"I8", "U8"}
 
 
 def load(
@@ -112,7 +113,8 @@ def read_added(folder: Path, lock: dict[str, Any], name: str) -> dict[str, Tenso
         raise CatalogError("HEADER", where, f"its header claims {length} bytes; it is cut off or no safetensors file.")
     header = parse(data[8 : 8 + length], where, code="HEADER")
     for tensor, entry in header.items():
-        if tensor != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES):
+        accepted = _TABLE_DTYPES if ".table." in tensor else _DTYPES
+        if tensor != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in accepted):
             raise CatalogError("DTYPE", where, f"{tensor[:80]!r} has a dtype that no composition has.")
     try:
         state = parse_tensors(data)
