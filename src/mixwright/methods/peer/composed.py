@@ -16,7 +16,6 @@ from mixwright.experts.neuron import NeuronExperts
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable
 from mixwright.methods.peer.config import PeerConfig
-from mixwright.methods.peer.growing import Growing
 from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.routers.product_key import ProductKeyRouter
 
@@ -27,7 +26,7 @@ BIASES = (".bias_first", ".bias_second")
 FILE = "table.file"
 
 
-class PeerComposedModel(Growing, NeuronVerbs, ComposedModel):
+class PeerComposedModel(NeuronVerbs, ComposedModel):
     """A composed model whose experts are neurons: the pool has no names, and a neuron goes by its number at a site."""
 
     @property

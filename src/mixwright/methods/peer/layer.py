@@ -15,7 +15,6 @@ from mixwright.experts.neuron import NeuronExperts, OutputGate
 from mixwright.experts.quantised_table import in_fewer_bits
 from mixwright.experts.table import AbstractTable, NeuronTable, initial_rows, out_std_for
 from mixwright.methods.peer import layouts
-from mixwright.methods.peer.growing import Growing
 from mixwright.methods.peer.presets import PRESETS
 from mixwright.methods.peer.verbs import NeuronVerbs
 from mixwright.ops.neuron import Activation
@@ -40,7 +39,7 @@ class InputNorm(nn.Module):
         return nn.functional.normalize(x, dim=-1) * scale
 
 
-class PEER(Growing, NeuronVerbs):
+class PEER(NeuronVerbs):
     """f(x) = sum over heads and retrieved experts of g e(x), e(x) = act(<u, x>) v (He 2024, section 2, Algorithm 1).
 
     `num_experts`: a square number N, or a grid (n1, n2) of sub-keys. `top_k`: experts per head. `dim_key`: the width of

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mixwright.evaluation.neuron_sites import NeuronSite
     from mixwright.evaluation.neuron_usage import SiteUsage, UsageMeter
     from mixwright.evaluation.neurons import NeuronTrace
+    from mixwright.methods.peer.growth import Origin
     from mixwright.methods.peer.rebalance import Rebalancer
     from mixwright.methods.peer.revival import Revived
 
@@ -129,6 +130,13 @@ class NeuronVerbs(nn.Module):
 
         for one in self._sites_at(site).values():
             freeze_present(one.router, one.experts)
+
+    def origins(self, ids: Iterable[int], site: str | None = None) -> "dict[str, list[Origin]]":
+        """Site -> when these experts were added, and from what source."""
+        from mixwright.methods.peer.growth import origins
+
+        wanted = list(ids)
+        return {name: origins(one.experts, wanted) for name, one in self._sites_at(site).items()}
 
     def _sites_at(self, site: str | None) -> "Mapping[str, NeuronSite]":
         from mixwright.evaluation.neuron_sites import neuron_sites
