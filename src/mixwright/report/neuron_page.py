@@ -206,9 +206,9 @@ def _unsure_section(explained: NeuronText, names: Sequence[str]) -> str:
     ]
     flagged = unsure_share(explained)
     said = (
-        "No threshold is set, so nothing was done about it; calibrate the model to flag such tokens."
+        "No threshold is set, so nothing was done about it; coverage_thresholds and flag_unsure set some."
         if flagged is None
-        else f"Flagged heads, {100 * flagged:.2g}% of all, were given the fallback that the model was calibrated with."
+        else f"Flagged heads, {100 * flagged:.2g}% of all, were given the fallback that is set."
     )
     head = ("Token", "Layer", "Coverage", "Margin", "Unsure heads", "Dense branch")
     return tag(
