@@ -37,7 +37,7 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A published method: its card, and how it composes and trains. Subclass it in the method's `config.py`."""
+    """A published method: its card, and how it composes and trains: by files beside the `config.py` that makes it."""
 
     name: str
     paper: Paper
@@ -50,18 +50,31 @@ class Method:
     def compose(
         self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None
     ) -> "ComposedModel":
-        """One model out of backbones and the active experts of a catalogue."""
-        raise NotImplementedError(f"{self.name} does not compose.")
+        """One model out of backbones and the active experts of a catalogue: `compose` of the folder's `model.py`."""
+        return self._part("model", "does not compose").compose(config, backbones, catalog)
 
     def restore(
         self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
     ) -> "ComposedModel":
-        """The model whose `added_state()` was `state`, on the same backbone; `pool` are the ids of its experts."""
-        raise NotImplementedError(f"{self.name} does not restore saved compositions.")
+        """The model whose `added_state()` was `state`, on the same backbone; `pool` are the ids of its experts.
+
+        `restore` of the folder's `stored.py`.
+        """
+        return self._part("stored", "does not restore saved compositions").restore(config, backbone, state, pool)
 
     def stages(self, config: Any) -> "tuple[Stage, ...]":
-        """What is trained, in order."""
-        raise NotImplementedError(f"{self.name} trains nothing.")
+        """What is trained, in order: `stages` of the folder's `recipe.py`."""
+        return self._part("recipe", "trains nothing").stages(config)
+
+    def _part(self, name: str, lacking: str) -> Any:
+        """A file of the folder that the method's config stands in, imported when it is needed."""
+        folder = self.config.__module__.rpartition(".")[0]
+        try:
+            return import_module(f"{folder}.{name}" if folder else name)
+        except ModuleNotFoundError as error:
+            if error.name != (f"{folder}.{name}" if folder else name):
+                raise
+            raise NotImplementedError(f"{self.name} {lacking}.") from error
 
 
 def names() -> tuple[str, ...]:

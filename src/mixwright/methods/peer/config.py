@@ -1,18 +1,11 @@
 """PEER's card and its configuration."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mixwright.methods.base import Method, Paper
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from mixwright.catalog.store import Catalog
-    from mixwright.composition.model import ComposedModel
-    from mixwright.training.stage import Stage
 
 _PAPER: Mapping[str, Any] = {
     "num_experts": (1024, 1024),
@@ -190,33 +183,7 @@ def _unfit_choices(config: PeerConfig) -> list[str]:
     return faults
 
 
-class Peer(Method):
-    """Compose: a PEER layer in place of, or beside, feed-forward layers of one backbone. Train: that layer."""
-
-    def compose(
-        self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None
-    ) -> "ComposedModel":
-        """See `mixwright.methods.peer.model.compose`."""
-        from mixwright.methods.peer.model import compose
-
-        return compose(config, backbones, catalog)
-
-    def restore(
-        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
-    ) -> "ComposedModel":
-        """See `mixwright.methods.peer.stored.restore`."""
-        from mixwright.methods.peer.stored import restore
-
-        return restore(config, backbone, state, pool)
-
-    def stages(self, config: Any) -> "tuple[Stage, ...]":
-        """See `mixwright.methods.peer.recipe.stages`."""
-        from mixwright.methods.peer.recipe import stages
-
-        return stages(config)
-
-
-METHOD = Peer(
+METHOD = Method(
     name="peer",
     trains="composition",
     summary="a layer of up to a million single-neuron experts, of which each token finds its own by product keys",

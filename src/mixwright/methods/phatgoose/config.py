@@ -1,17 +1,9 @@
 """PHATGOOSE's card and its configuration; the defaults are the paper's."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from mixwright.methods.base import Method, Paper
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from mixwright.catalog.store import Catalog
-    from mixwright.composition.model import ComposedModel
-    from mixwright.training.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +43,7 @@ class PhatgooseConfig:
     """Weight of an expert's measured gain (nats per token) as an offset on its scores. Not in the paper; 0 is."""
 
 
-class Phatgoose(Method):
-    """Compose: stack LoRAs and gates, route by token. Train: an expert, then its gate."""
-
-    def compose(
-        self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None
-    ) -> "ComposedModel":
-        """See `mixwright.methods.phatgoose.model.compose`."""
-        from mixwright.methods.phatgoose.model import compose
-
-        return compose(config, backbones, catalog)
-
-    def restore(
-        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
-    ) -> "ComposedModel":
-        """See `mixwright.methods.phatgoose.stored.restore`."""
-        from mixwright.methods.phatgoose.stored import restore
-
-        return restore(config, backbone, state, pool)
-
-    def stages(self, config: Any) -> "tuple[Stage, ...]":
-        """See `mixwright.methods.phatgoose.recipe.stages`."""
-        from mixwright.methods.phatgoose.recipe import stages
-
-        return stages(config)
-
-
-METHOD = Phatgoose(
+METHOD = Method(
     name="phatgoose",
     summary="routes every token, at every layer, among LoRA experts trained apart; gates learned post hoc",
     config=PhatgooseConfig,

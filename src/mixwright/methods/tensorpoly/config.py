@@ -1,17 +1,9 @@
 """TensorPoly's card and its configuration, with the whole family: LoRA, Poly, MHR, TLoRA, TensorPoly-I and -II."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from mixwright.methods.base import Method, Paper
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from mixwright.catalog.store import Catalog
-    from mixwright.composition.model import ComposedModel
-    from mixwright.training.stage import Stage
 
 Kind = Literal["lora", "poly", "mhr", "tlora", "tensorpoly-1", "tensorpoly-2", "entangled"]
 
@@ -179,33 +171,7 @@ def _unfit_choices(config: TensorPolyConfig) -> list[str]:
     return faults
 
 
-class TensorPoly(Method):
-    """Compose: latent experts, fresh, on one backbone. Train: all tasks together, then a new task from few examples."""
-
-    def compose(
-        self, config: Any, backbones: "Sequence[nn.Module]", catalog: "Catalog | None" = None
-    ) -> "ComposedModel":
-        """See `mixwright.methods.tensorpoly.model.compose`."""
-        from mixwright.methods.tensorpoly.model import compose
-
-        return compose(config, backbones, catalog)
-
-    def restore(
-        self, config: Any, backbone: "nn.Module", state: "Mapping[str, Tensor]", pool: Sequence[str]
-    ) -> "ComposedModel":
-        """See `mixwright.methods.tensorpoly.stored.restore`."""
-        from mixwright.methods.tensorpoly.stored import restore
-
-        return restore(config, backbone, state, pool)
-
-    def stages(self, config: Any) -> "tuple[Stage, ...]":
-        """See `mixwright.methods.tensorpoly.recipe.stages`."""
-        from mixwright.methods.tensorpoly.recipe import stages
-
-        return stages(config)
-
-
-METHOD = TensorPoly(
+METHOD = Method(
     name="tensorpoly",
     trains="composition",
     summary="trains latent experts, rank terms of tensor products, together on many tasks; each task has its own mix",
