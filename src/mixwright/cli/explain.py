@@ -1,5 +1,7 @@
 """`explain`: which experts or neurons acted on each token of a text, or which latent experts serve which task."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,21 +69,12 @@ def explain(
     if retrieves_neurons(model):
         _explain_neurons(model, tokenizer, given, target, without, output, terminal, as_json)
         return
+    from mixwright.report.page import explanation_page
+    from mixwright.report.terminal import print_explanation
+
     found = explained(model, tokenizer, given, target=target, without=without)
-    if output is not None:
-        from mixwright.files import write_atomic
-        from mixwright.report.page import explanation_page
-
-        write_atomic(output, explanation_page(found).encode("utf-8"))
-    if as_json:
-        print_json(found.to_dict())
-        return
-    if terminal or output is None:
-        from mixwright.report.terminal import print_explanation
-
-        print_explanation(found, console())
-    if output is not None:
-        console().print(f"wrote {output}: open it in a browser", markup=False)
+    page, show = partial(explanation_page, found), partial(print_explanation, found, console())
+    _deliver(page, found.to_dict, show, output, terminal, as_json)
 
 
 def _explain_neurons(
@@ -95,24 +88,14 @@ def _explain_neurons(
     as_json: bool,
 ) -> None:
     from mixwright.evaluation.neuron_text import explain_neurons
+    from mixwright.report.neuron_page import neuron_page
+    from mixwright.report.neuron_terminal import print_neuron_text
 
     if without is not None:
         raise ValueError("--without names an expert; neurons go by number: take them out with model.ablate(ids).")
     found = explain_neurons(model, tokenizer, text, target=target)
-    if output is not None:
-        from mixwright.files import write_atomic
-        from mixwright.report.neuron_page import neuron_page
-
-        write_atomic(output, neuron_page(found).encode("utf-8"))
-    if as_json:
-        print_json(found.to_dict())
-        return
-    if terminal or output is None:
-        from mixwright.report.neuron_terminal import print_neuron_text
-
-        print_neuron_text(found, console())
-    if output is not None:
-        console().print(f"wrote {output}: open it in a browser", markup=False)
+    page, show = partial(neuron_page, found), partial(print_neuron_text, found, console())
+    _deliver(page, found.to_dict, show, output, terminal, as_json)
 
 
 def _explain_tasks(
@@ -124,6 +107,8 @@ def _explain_tasks(
     from mixwright.evaluation.step_time import step_times
     from mixwright.evaluation.task_alarms import task_alarms
     from mixwright.evaluation.task_routing import is_task_routed, task_routing
+    from mixwright.report.task_page import task_page
+    from mixwright.report.task_terminal import print_task_routing
 
     model = load(composition, backbone=backbone)
     if not is_task_routed(model):
@@ -131,18 +116,32 @@ def _explain_tasks(
     found = task_routing(model)
     times = step_times(model, len(found.tasks)) if measure else None
     command = f"mixwright explain {composition.name} --measure"
+    alarms = [asdict(alarm) for alarm in task_alarms(found)]
+    content = {**found.to_dict(), "alarms": alarms, "times": None if times is None else asdict(times)}
+    page, show = (
+        partial(task_page, found, times, command),
+        partial(print_task_routing, found, console(), times, command),
+    )
+    _deliver(page, lambda: content, show, output, terminal, as_json)
+
+
+def _deliver(
+    page: Callable[[], str],
+    content: Callable[[], Any],
+    show: Callable[[], None],
+    output: Path | None,
+    terminal: bool,
+    as_json: bool,
+) -> None:
+    """Write the page where one is asked for; then JSON alone, or the view for a terminal."""
     if output is not None:
         from mixwright.files import write_atomic
-        from mixwright.report.task_page import task_page
 
-        write_atomic(output, task_page(found, times, command).encode("utf-8"))
+        write_atomic(output, page().encode("utf-8"))
     if as_json:
-        alarms = [asdict(alarm) for alarm in task_alarms(found)]
-        print_json({**found.to_dict(), "alarms": alarms, "times": None if times is None else asdict(times)})
+        print_json(content())
         return
     if terminal or output is None:
-        from mixwright.report.task_terminal import print_task_routing
-
-        print_task_routing(found, console(), times, command)
+        show()
     if output is not None:
         console().print(f"wrote {output}: open it in a browser", markup=False)
