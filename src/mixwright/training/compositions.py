@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -66,7 +67,7 @@ def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Re
     """
     chosen = _chosen(job, stages, request.only)
     report = begin_report(job)
-    job = replace(job, load=lambda folder: load(folder, job.backbone))
+    job = replace(job, load=partial(_loaded, load, job.backbone))
     for stage in chosen:
         if stage.leaves and has_left(job, stage.name) and not (request.resume or request.force):
             raise ValueError(
@@ -85,6 +86,10 @@ def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Re
             report = replace(report, stages={**report.stages, stage.name: fitted}, **left)
         refuse_failed(job, stage)
     return report
+
+
+def _loaded(load: Load, backbone: nn.Module, folder: str) -> ComposedModel:
+    return load(folder, backbone)
 
 
 def _train(job: Job, stage: Stage, before: str | None, load: Load, request: Request) -> Fitted:
