@@ -3,6 +3,7 @@
 A seed decides the windows of training and the projectors' initial values; the pretrained pair is the same for all.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.hybrid_pretrained_pair import NAMES
-from benchmarks.hybrid_pretrained_search import SEARCHES
+from benchmarks.hybrid_pretrained_search import RATE, SEARCHES, rows_of
 from benchmarks.hybrid_pretrained_systems import (
     LogitEnsemble,
     Shape,
@@ -22,12 +23,13 @@ from benchmarks.hybrid_pretrained_systems import (
     equal_flops,
     projectors_of,
     set_weights,
+    slopes_of,
 )
-from benchmarks.hybrid_pretrained_texts import GENERAL, TARGETS
+from benchmarks.hybrid_pretrained_texts import BATCH, GENERAL, TARGETS, Batches
 from benchmarks.hybrid_pretrained_training import Spent, document_losses, forward_flops, size_of, step_flops, train
 
 TUNING_SEED, SWEPT = 1000, "shakespeare"
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 KINDS = ("none", "linear", "identity", "least_squares", "mlp")
 POINTS = tuple(round(0.1 * i, 1) for i in range(11))
 MAIN = (Shape(), Shape(blocks=2))
@@ -71,12 +73,14 @@ def run(cells: Cells, shop: Workshop, seeds: int) -> None:
         sweep(cells, shop, seed)
     for seed in range(seeds):
         ablation(cells, shop, seed)
+    for seed in range(seeds):
+        cells.take(f"mix seed {seed}", partial(mix, shop, seed))
 
 
 def chosen_rates(cells: Cells, shop: Workshop) -> dict[str, float]:
     """The learning rate of each kind of system: on a seed that is not reported, by the search part's loss."""
     chosen: dict[str, float] = {}
-    for system in (*NAMES, "hybrid"):
+    for system in (*NAMES, "ensemble", "hybrid"):
         losses = {
             rate: cells.take(f"rate {system} {rate:g}", partial(_rate, shop, system, rate))["loss"] for rate in RATES
         }
@@ -90,11 +94,14 @@ def _rate(shop: Workshop, system: str, rate: float) -> dict[str, Any]:
     if system == "hybrid":
         model, _ = shop.align(Shape(), TUNING_SEED)
         trained = [*components_of(model), *projectors_of(model)]
+    elif system == "ensemble":
+        model = LogitEnsemble([shop.component(name) for name in NAMES])
+        trained = list(model.parameters())
     else:
         model = shop.component(system)
         trained = list(model.parameters())
     train(model, trained, windows, steps, rate, spent)
-    return {"loss": float(document_losses(model, shop.texts.parts[SWEPT]["search"].windows(6)).mean())}
+    return {"loss": float(document_losses(model, shop.texts.parts[SWEPT]["search"].windows(3)).mean())}
 
 
 def untouched(shop: Workshop, corpus: str) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def components(shop: Workshop, corpus: str, seed: int) -> dict[str, Any]:
         windows = shop.windows(corpus, "train", seed)
         train(models[name], models[name].parameters(), windows, shop.budget.target, shop.rates[name], spent)
         found[name] = shop.measured(models[name], corpus, spent)
-    part = shop.texts.parts[corpus]["search"].windows(6)
+    part = shop.texts.parts[corpus]["search"].windows(3)
     losses = {
         point: float(document_losses(LogitEnsemble(list(models.values()), [point, 1 - point]), part).mean())
         for point in POINTS
@@ -159,7 +166,7 @@ def ensemble(shop: Workshop, corpus: str, seed: int) -> dict[str, Any]:
     """Both, trained together through their mixed logits, the weight learnt with them."""
     model, spent = LogitEnsemble([shop.component(name) for name in NAMES]), Spent()
     windows = shop.windows(corpus, "train", seed)
-    train(model, model.parameters(), windows, shop.budget.target, shop.rates["hybrid"], spent)
+    train(model, model.parameters(), windows, shop.budget.target, shop.rates["ensemble"], spent)
     return shop.measured(model, corpus, spent, weights=model.weights.softmax(-1).tolist())
 
 
@@ -231,6 +238,50 @@ def _projected(shop: Workshop, shape: Shape, seed: int) -> dict[str, Any]:
     spent = Spent()
     model = shop.tuned(shape, seed, SWEPT, None, shop.budget.tune // 2, spent)
     return {**shop.measured(model, SWEPT, spent), "align": aligned}
+
+
+def mix(shop: Workshop, seed: int) -> dict[str, Any]:
+    """Two specialists, each tuned on one target, on half of each: who keeps both skills?
+
+    Frozen with static and with input-dependent weights, where only projectors and mixture weights learn; and, on as
+    many tokens, each specialist tuned, and both tuned through their mixed logits.
+    """
+    specialists: dict[str, Any] = {}
+    for name, corpus in zip(NAMES, TARGETS, strict=True):
+        specialists[name] = shop.component(name)
+        windows = shop.windows(corpus, "train", seed)
+        train(specialists[name], specialists[name].parameters(), windows, shop.budget.target, shop.rates[name], Spent())
+    halves = [Batches(shop.texts.parts[c]["train"].stream, seed + 501, BATCH // 2) for c in TARGETS]
+    steps = shop.budget.tune
+
+    def mixed(step: int) -> torch.Tensor:
+        return torch.cat([half(step) for half in halves])
+
+    found: dict[str, Any] = {}
+
+    def note(name: str, model: Any, **more: Any) -> None:
+        losses = {c: document_losses(model, shop.texts.parts[c]["test"].windows()).tolist() for c in TARGETS}
+        found[name] = {**losses, **more}
+
+    for name, model in specialists.items():
+        note(f"{name}, untouched", model)
+    note("ensemble, even", LogitEnsemble(list(specialists.values())))
+    for weights in ("static", "sequence", "token"):
+        model = shop.hybrid(Shape(weights=weights), seed, [copy.deepcopy(m) for m in specialists.values()])
+        spent, rows = Spent(), rows_of(model)
+        adam = torch.optim.Adam(rows, lr=RATE)
+        learnt = [*projectors_of(model), *slopes_of(model)]
+        train(model, learnt, mixed, steps, shop.rates["align"], spent, each=lambda _, a=adam: a.step(), also=rows)
+        learns = sum(p.numel() for p in (*learnt, *rows))
+        note(f"hybrid, frozen, {weights}", model, weights=model.mixture_weights.tolist(), learns=learns)
+    for name in NAMES:
+        model = copy.deepcopy(specialists[name])
+        train(model, model.parameters(), mixed, steps, shop.rates[name] / 2, Spent())
+        note(f"{name}, tuned", model)
+    model = LogitEnsemble([copy.deepcopy(m) for m in specialists.values()])
+    train(model, model.parameters(), mixed, steps, shop.rates["ensemble"] / 2, Spent())
+    note("ensemble, tuned", model, weights=model.weights.softmax(-1).tolist())
+    return found
 
 
 def quick_texts(shop: Workshop) -> None:

@@ -4,7 +4,6 @@ Losses are of the training part; `bilevel` takes the mixture weights' gradient o
 uniform weights, which are held for the first tenth of the steps.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from benchmarks.hybrid_pretrained_training import Spent, Windows, train
 
 Search = Literal["darts", "alternating", "bilevel", "gaea", "gumbel", "drnas"]
 SEARCHES: tuple[Search, ...] = ("darts", "alternating", "bilevel", "gaea", "gumbel", "drnas")
-RATE, ETA, FLOOR, WARMUP = 0.05, 1.0, 1e-5, 0.1
+RATE, ETA, FLOOR, WARMUP = 0.05, 0.1, 1e-5, 0.1
 
 
 def rows_of(model: Any) -> list[nn.Parameter]:
@@ -77,14 +76,3 @@ def _exponentiated(rows: Sequence[nn.Parameter]) -> None:
         assert row.grad is not None
         moved = (row - ETA * row.grad / alpha).softmax(-1).clamp_min(FLOOR)
         row.copy_((moved / moved.sum()).log())
-
-
-def interpolated(grid: dict[float, float], at: float) -> float:
-    """The grid's loss at a weight between its points, along straight lines."""
-    points = sorted(grid)
-    high = next(i for i, point in enumerate(points) if point >= at - 1e-9)
-    low = max(0, high - 1)
-    if math.isclose(points[high], points[low]):
-        return grid[points[high]]
-    share = (at - points[low]) / (points[high] - points[low])
-    return grid[points[low]] * (1 - share) + grid[points[high]] * share

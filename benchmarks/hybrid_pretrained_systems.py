@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mixwright as mw
 from benchmarks.hybrid_pretrained_pair import NAMES, load_pair, tokenizer_of
-from benchmarks.hybrid_pretrained_search import Search, rows_of, search
+from benchmarks.hybrid_pretrained_search import Search, search
 from benchmarks.hybrid_pretrained_texts import GENERAL, Batches, Texts
 from benchmarks.hybrid_pretrained_training import (
     Spent,
@@ -28,7 +28,7 @@ class Budget:
     """Optimiser steps of the stages."""
 
     align: int = 60
-    search: int = 50
+    search: int = 40
     tune: int = 100
     retune: int = 40
 
@@ -85,11 +85,11 @@ class Workshop:
         """Random windows; the same for every system."""
         return Batches(self.texts.parts[corpus][part].stream, seed + 1)
 
-    def hybrid(self, shape: Shape, seed: int) -> Any:
-        """As composed: pretrained components, new projectors, uniform weights."""
+    def hybrid(self, shape: Shape, seed: int, given: Sequence[nn.Module] | None = None) -> Any:
+        """As composed: pretrained components, or those given, new projectors, uniform weights."""
         return mw.compose(
             "manticore",
-            backbones=[self.component(name) for name in NAMES],
+            backbones=given or [self.component(name) for name in NAMES],
             names=NAMES,
             num_blocks=shape.blocks,
             projectors=shape.projectors,
@@ -147,7 +147,7 @@ class Workshop:
         found = self.texts.parts[corpus]
         return {
             "test": document_losses(model, found["test"].windows()).tolist(),
-            "search_part": float(document_losses(model, found["search"].windows(6)).mean()),
+            "search_part": float(document_losses(model, found["search"].windows(3)).mean()),
             "general": self.general_loss(model),
             "steps": spent.steps,
             "train_flops": spent.flops,
@@ -183,13 +183,9 @@ def projectors_of(model: Any) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if _is_projector(name)]
 
 
-def frozen_but_weights(model: Any) -> list[nn.Parameter]:
-    """What input-dependent weights learn with, their logits included."""
-    return list({id(p): p for p in [*rows_of(model), *_routers(model)]}.values())
-
-
-def _routers(model: Any) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if ".router." in name]
+def slopes_of(model: Any) -> list[nn.Parameter]:
+    """What input-dependent mixture weights have beside their static part."""
+    return list({id(p): p for name, p in model.named_parameters() if name.endswith("router.slope")}.values())
 
 
 def _is_projector(name: str) -> bool:
@@ -199,8 +195,3 @@ def _is_projector(name: str) -> bool:
 def equal_flops(spent: float, one_step: float) -> int:
     """The steps that cost as much, rounded."""
     return max(1, round(spent / one_step))
-
-
-def with_budget(budget: Budget, **changed: int) -> Budget:
-    """The same with other numbers of steps."""
-    return replace(budget, **changed)

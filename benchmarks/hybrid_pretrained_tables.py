@@ -22,7 +22,7 @@ WITHIN = 0.05
 def tables(found: Found) -> str:
     """All of them."""
     parts = [main_table(found, corpus) for corpus in TARGETS]
-    return "\n\n".join([*parts, sweep_table(found), ablation_table(found)])
+    return "\n\n".join([*parts, sweep_table(found), ablation_table(found), mix_table(found)])
 
 
 def seeds_of(found: Found, start: str) -> list[int]:
@@ -177,6 +177,20 @@ def ablation_table(found: Found) -> str:
             )
     head = ["projectors", "general loss before alignment", "after", "target's test loss after tuning", "parameters"]
     return "\n".join(["#### Projectors, K=1, even weights", "", markdown(head, lines)])
+
+
+def mix_table(found: Found) -> str:
+    """Two specialists on half of each one's corpus."""
+    runs = [found[f"mix seed {seed}"] for seed in seeds_of(found, "mix")]
+    if not runs:
+        return ""
+    lines: list[list[str]] = []
+    for system in runs[0]:
+        by_corpus = [[statistics.mean(run[system][corpus]) for run in runs] for corpus in TARGETS]
+        both = [statistics.mean(pair) for pair in zip(*by_corpus, strict=True)]
+        lines.append([system, *(_mean(values, 4) for values in (*by_corpus, both))])
+    title = f"#### Two specialists on a mix of their corpora, K=1 ({len(runs)} seeds)"
+    return "\n".join([title, "", markdown(["system", *TARGETS, "mean"], lines)])
 
 
 def _weights(found: Found, corpus: str, shape: Any) -> str:
