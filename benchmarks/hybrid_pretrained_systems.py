@@ -27,10 +27,10 @@ from benchmarks.hybrid_pretrained_training import (
 class Budget:
     """Optimiser steps of the stages."""
 
-    align: int = 60
+    align: int = 50
     search: int = 40
-    tune: int = 100
-    retune: int = 40
+    tune: int = 80
+    retune: int = 30
 
     @property
     def target(self) -> int:
