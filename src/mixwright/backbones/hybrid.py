@@ -1,0 +1,319 @@
+"""Several causal language models as one: slots between their blocks, where a mixture may stand.
+
+A pass goes embedding -> blocks -> head. At each slot whoever stands there asks components, by `Slot.run`, to run as far
+as the end of that slot on a hidden state of its choice. A component is started when it is first asked, and never if
+nobody asks; between slots it is suspended inside its own forward, so that masks, positions, multipliers, norms and
+soft-caps stay its own.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mixwright.backbones.coroutine import coroutine_type
+from mixwright.backbones.hybrid_cache import HybridCache
+from mixwright.backbones.parts import parts_of, split
+from mixwright.backbones.session import Session
+
+_IGNORED = frozenset({"return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"})
+
+
+class Slot(nn.Module):
+    """A place where components are mixed. By itself it follows one of them, the fallback.
+
+    `number`: 0 is the embedding, 1 to K the blocks, K + 1 the head.
+    """
+
+    def __init__(self, number: int, fallback: int = 0) -> None:
+        super().__init__()
+        self.number = number
+        self.fallback = fallback
+        self.current: _Pass | None = None
+
+    def run(self, component: int, hidden: Tensor | None = None) -> Tensor:
+        """Let a component run to the end of this slot.
+
+        From its embedding (0): the hidden state that enters its first layer, `(batch, seq, d_m)`. A block: what leaves
+        the block when `hidden` of the same shape comes in; the last one's is after the final norm. The head: logits.
+        """
+        assert self.current is not None, "a slot ran outside a pass of its hybrid"
+        return self.current.run(self.number, component, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fallback's part of the pass."""
+        return self.run(self.fallback, x if self.number else None)
+
+
+class HybridBackbone(nn.Module, GenerationMixin):
+    """Components of any architecture, cut in `num_blocks` runs of layers each, with slots between the runs.
+
+    `names`: of the components. `widths`: of their hidden states; where a component's is narrower at some boundary, zeros
+    fill it up. `vocab_size`: the columns that all of them have, or fewer where the tokenizer has fewer; what lies beyond
+    is padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed.
+
+    Where a mask is given without positions, positions count the real tokens, as in `generate`: left padding then
+    changes nothing, learned positions included.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        components: Sequence[nn.Module],
+        num_blocks: int,
+        names: Sequence[str],
+        *,
+        vocab_size: int | None = None,
+        coroutines: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.components = nn.ModuleList(components)
+        self.names = tuple(names)
+        self.num_blocks = num_blocks
+        self.parts = tuple(parts_of(component, name) for component, name in zip(components, names, strict=True))
+        self.starts = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
+        self.widths = tuple(max(parts.widths) for parts in self.parts)
+        self.vocab_size = min(vocab_size or self.parts[0].vocab_size, *(parts.vocab_size for parts in self.parts))
+        self.embedding = Slot(0)
+        self.blocks = nn.ModuleList(Slot(k + 1) for k in range(num_blocks))
+        self.head = Slot(num_blocks + 1)
+        self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
+        self.coroutine = coroutine_type(coroutines)
+        self.config = _config(self)
+        self.generation_config = _generation_config(self)
+
+    @property
+    def width(self) -> int:
+        """D, of the stream: the largest of the widths."""
+        return max(self.widths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stream is: the device of the first component. Others may be elsewhere."""
+        return next(self.components[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first component. Each keeps its own, and is given hidden states in it."""
+        return next(p.dtype for p in self.components[0].parameters() if p.is_floating_point())
+
+    def entries(self, component: int) -> tuple[nn.Module, ...]:
+        """The modules before which a component is suspended: the first layer of each block, and the head."""
+        return self.parts[component].entries(self.components[component], self.starts[component])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass; arguments and result as in transformers: labels are shifted inside, those of -100 left out."""
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a hybrid embeds tokens with its components' own embeddings; expected input_ids alone.")
+        _refuse_strange(kwargs)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = HybridCache()
+        with self._pass(input_ids, attention_mask, position_ids, cache) as current:
+            hidden = self.embedding(input_ids.unsqueeze(-1))
+            for block in self.blocks:
+                hidden = block(hidden)
+            logits = self.head(_kept(hidden, logits_to_keep))
+            current.finish()
+        loss = None
+        if labels is not None:
+            number = kwargs.get("num_items_in_batch")
+            loss = ForCausalLMLoss(logits, labels, self.vocab_size, num_items_in_batch=number)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """That of every component, not reentrant unless asked."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for component in self.components:
+            component.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        """That of every component."""
+        for component in self.components:
+            component.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    @contextmanager
+    def _pass(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HybridCache | None
+    ) -> Generator["_Pass"]:
+        if positions is None and mask is not None and mask.dim() == 2:
+            positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
+        current = _Pass(self, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, cache)
+        slots: tuple[Slot, ...] = self.__dict__["slots"]
+        for slot in slots:
+            slot.current = current
+        try:
+            yield current
+        finally:
+            for slot in slots:
+                slot.current = None
+            current.close()
+
+    # What `generate` asks of a model.
+
+    @property
+    def _is_stateful(self) -> bool:
+        return any(getattr(component, "_is_stateful", False) for component in self.components)
+
+    def uncached(self) -> str | None:
+        """The name of a component that has no cache of transformers' today; a hybrid with it can't have one either."""
+        for component, parts, name in zip(self.components, self.parts, self.names):
+            supports = getattr(component, "_supports_default_dynamic_cache", lambda: False)
+            if parts.cache_name is None or not supports():
+                return name
+        return None
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a hybrid holds each component's own "
+                "dynamic cache; leave it out."
+            )
+        if self.uncached() is not None:
+            generation_config.use_cache = False
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridCache()
+
+    def is_remote_code(self) -> bool:
+        """No code but the package's own is run."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Components choose how to run experts of their own."""
+        return {}
+
+
+class _Pass:
+    """The sessions of one pass, by component."""
+
+    def __init__(self, hybrid: HybridBackbone, given: Mapping[str, Tensor | None], cache: HybridCache | None) -> None:
+        self.hybrid, self.given, self.cache = hybrid, given, cache
+        self.sessions: dict[int, Session] = {}
+
+    def run(self, number: int, component: int, hidden: Tensor | None) -> Tensor:
+        session = self.sessions.get(component) or self._session(component)
+        if number == 0:
+            return self._out(component, session.reach(0))
+        own = session.reach(number - 1)
+        x = own if hidden is None else hidden[..., : own.shape[-1]]
+        out = session.advance(number - 1, x)
+        if number <= self.hybrid.num_blocks:
+            return self._out(component, out)
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        return logits[..., : self.hybrid.vocab_size].to(self.device)
+
+    def finish(self) -> None:
+        """Whoever reads masks off the last layer of its cache runs to its end; the others need not."""
+        if self.cache is not None:
+            for component, session in self.sessions.items():
+                if not session.done and self.cache.is_recurrent(component):
+                    session.finish()
+            self.cache.length += self.given["input_ids"].shape[1]  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        for session in self.sessions.values():
+            session.close()
+
+    @property
+    def device(self) -> torch.device:
+        return self.given["input_ids"].device  # type: ignore[union-attr]
+
+    def _out(self, component: int, hidden: Tensor) -> Tensor:
+        missing = self.hybrid.widths[component] - hidden.shape[-1]
+        return (pad(hidden, (0, missing)) if missing else hidden).to(self.device)
+
+    def _session(self, component: int) -> Session:
+        model = self.hybrid.components[component]
+        arguments = self._arguments(component, model)
+        session = Session(model, self.hybrid.entries(component), arguments, self.hybrid.coroutine)
+        self.sessions[component] = session
+        return session
+
+    def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
+        parts = self.hybrid.parts[component]
+        there = next(model.parameters()).device
+        arguments: dict[str, Any] = {
+            name: value.to(there) for name, value in self.given.items() if value is not None and name in parts.takes
+        }
+        if "use_cache" in parts.takes:
+            arguments["use_cache"] = self.cache is not None
+        if self.cache is not None:
+            if parts.cache_name is None:
+                raise ValueError(
+                    f"component {self.hybrid.names[component]!r} keeps no cache that a hybrid could carry; pass "
+                    "use_cache=False, as `generate` does by itself."
+                )
+            arguments[parts.cache_name] = self.cache.of(component, self.hybrid.names[component], model)
+            one_step = self.cache.length > 0 and self.given["input_ids"].shape[1] == 1  # type: ignore[union-attr]
+            if one_step and not self.cache.has_attention(component):
+                arguments.pop("attention_mask", None)  # padding was zeroed when it passed
+        return arguments
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The tokens whose logits are wanted: the last few, those of a list, or all for 0."""
+    if isinstance(logits_to_keep, Tensor):
+        return hidden[:, logits_to_keep]
+    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+
+
+def _refuse_strange(kwargs: Mapping[str, Any]) -> None:
+    strange = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
+    asked = [name for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)]
+    if strange:
+        raise TypeError(f"a hybrid's forward takes no {strange[0]!r}.")
+    if asked or kwargs.get("return_dict") is False:
+        raise ValueError(f"{(asked or ['return_dict=False'])[0]}: a hybrid returns logits, loss and cache by name.")
+
+
+def _config(hybrid: HybridBackbone) -> PreTrainedConfig:
+    config = PreTrainedConfig(architectures=["HybridBackbone"])
+    config.vocab_size, config.hidden_size = hybrid.vocab_size, hybrid.width
+    limits = [getattr(_text(component), "max_position_embeddings", None) for component in hybrid.components]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if known:
+        config.max_position_embeddings = min(known)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, _first(name, [_text(component) for component in hybrid.components]))
+    return config
+
+
+def _generation_config(hybrid: HybridBackbone) -> GenerationConfig:
+    """The special tokens of the first component that has them."""
+    sources = [getattr(component, "generation_config", None) for component in hybrid.components]
+    tokens = {name: _first(name, [*sources, hybrid.config]) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**tokens)
+
+
+def _text(component: nn.Module) -> Any:
+    config: Any = component.config
+    return config.get_text_config()
+
+
+def _first(name: str, sources: Sequence[Any]) -> Any:
+    return next((value for value in (getattr(source, name, None) for source in sources) if value is not None), None)
