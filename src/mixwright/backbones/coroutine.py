@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from mixwright.errors import MissingExtra
+
 BACKENDS = ("greenlet", "thread")
 
 
 class AbstractCoroutine(ABC):
-    """A call of `function` that `hand_over`, called inside it, suspends. `done`: it has returned, raised or been closed.
+    """A call of `function` that `hand_over`, called inside it, suspends. `done`: it returned, raised or was closed.
 
     What holds outside when it is resumed holds inside: context variables (as they were at the start), grad mode,
     inference mode, autocast.
@@ -41,7 +43,7 @@ class AbstractCoroutine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End a suspended call: its `hand_over` raises, its `finally` blocks run. Nothing happens to one that is done."""
+        """End a suspended call: its `hand_over` raises, its `finally` blocks run. One that is done stays as it is."""
 
 
 class GreenletCoroutine(AbstractCoroutine):
@@ -64,7 +66,9 @@ class GreenletCoroutine(AbstractCoroutine):
 
     def hand_over(self, value: Any) -> Any:
         """See AbstractCoroutine."""
-        return self._inside.parent.switch(value)
+        outside = self._inside.parent
+        assert outside is not None
+        return outside.switch(value)
 
     def close(self) -> None:
         """See AbstractCoroutine."""
@@ -162,13 +166,13 @@ class _Closed(BaseException):
 def coroutine_type(backend: str | None = None) -> type[AbstractCoroutine]:
     """The class for `backend`, one of BACKENDS; None: greenlets where they are installed, else threads.
 
-    Raises ValueError for another name, ModuleNotFoundError for greenlets that are not installed.
+    Raises ValueError for another name, MissingExtra for greenlets that are not installed.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"coroutine back-end {backend!r}; expected one of {', '.join(BACKENDS)}, or None.")
     installed = find_spec("greenlet") is not None
     if backend == "greenlet" and not installed:
-        raise ModuleNotFoundError('greenlet is not installed: pip install "mixwright[manticore]", or use threads.')
+        raise MissingExtra("manticore", "running components in greenlets rather than threads")
     return ThreadCoroutine if backend == "thread" or not installed else GreenletCoroutine
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -20,8 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mixwright.backbones.coroutine import coroutine_type
 from mixwright.backbones.hybrid_cache import HybridCache
 from mixwright.backbones.parts import parts_of, split
-from mixwright.backbones.session import Session
+from mixwright.backbones.session import Pass
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IGNORED = frozenset({"return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"})
 
 
@@ -35,7 +35,7 @@ class Slot(nn.Module):
         super().__init__()
         self.number = number
         self.fallback = fallback
-        self.current: _Pass | None = None
+        self.current: Pass | None = None
 
     def run(self, component: int, hidden: Tensor | None = None) -> Tensor:
         """Let a component run to the end of this slot.
@@ -54,9 +54,9 @@ class Slot(nn.Module):
 class HybridBackbone(nn.Module, GenerationMixin):
     """Components of any architecture, cut in `num_blocks` runs of layers each, with slots between the runs.
 
-    `names`: of the components. `widths`: of their hidden states; where a component's is narrower at some boundary, zeros
-    fill it up. `vocab_size`: the columns that all of them have, or fewer where the tokenizer has fewer; what lies beyond
-    is padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed.
+    `names`: of the components. `widths`: of their hidden states; where one is narrower at some boundary, zeros fill it
+    up. `vocab_size`: the columns that all components have, or fewer where the tokenizer has fewer; what lies beyond is
+    padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed.
 
     Where a mask is given without positions, positions count the real tokens, as in `generate`: left padding then
     changes nothing, learned positions included.
@@ -64,7 +64,6 @@ class HybridBackbone(nn.Module, GenerationMixin):
 
     main_input_name = "input_ids"
     base_model_prefix = ""
-    _supports_cache_class = True
 
     def __init__(
         self,
@@ -155,10 +154,10 @@ class HybridBackbone(nn.Module, GenerationMixin):
     @contextmanager
     def _pass(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HybridCache | None
-    ) -> Generator["_Pass"]:
+    ) -> Generator[Pass]:
         if positions is None and mask is not None and mask.dim() == 2:
             positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
-        current = _Pass(self, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, cache)
+        current = Pass(self, ids, {"attention_mask": mask, "position_ids": positions}, cache)
         slots: tuple[Slot, ...] = self.__dict__["slots"]
         for slot in slots:
             slot.current = current
@@ -185,7 +184,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
-    ) -> None:
+    ) -> Any:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a hybrid holds each component's own "
@@ -206,73 +205,6 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Components choose how to run experts of their own."""
         return {}
-
-
-class _Pass:
-    """The sessions of one pass, by component."""
-
-    def __init__(self, hybrid: HybridBackbone, given: Mapping[str, Tensor | None], cache: HybridCache | None) -> None:
-        self.hybrid, self.given, self.cache = hybrid, given, cache
-        self.sessions: dict[int, Session] = {}
-
-    def run(self, number: int, component: int, hidden: Tensor | None) -> Tensor:
-        session = self.sessions.get(component) or self._session(component)
-        if number == 0:
-            return self._out(component, session.reach(0))
-        own = session.reach(number - 1)
-        x = own if hidden is None else hidden[..., : own.shape[-1]]
-        out = session.advance(number - 1, x)
-        if number <= self.hybrid.num_blocks:
-            return self._out(component, out)
-        logits = out.logits if hasattr(out, "logits") else out[0]
-        return logits[..., : self.hybrid.vocab_size].to(self.device)
-
-    def finish(self) -> None:
-        """Whoever reads masks off the last layer of its cache runs to its end; the others need not."""
-        if self.cache is not None:
-            for component, session in self.sessions.items():
-                if not session.done and self.cache.is_recurrent(component):
-                    session.finish()
-            self.cache.length += self.given["input_ids"].shape[1]  # type: ignore[union-attr]
-
-    def close(self) -> None:
-        for session in self.sessions.values():
-            session.close()
-
-    @property
-    def device(self) -> torch.device:
-        return self.given["input_ids"].device  # type: ignore[union-attr]
-
-    def _out(self, component: int, hidden: Tensor) -> Tensor:
-        missing = self.hybrid.widths[component] - hidden.shape[-1]
-        return (pad(hidden, (0, missing)) if missing else hidden).to(self.device)
-
-    def _session(self, component: int) -> Session:
-        model = self.hybrid.components[component]
-        arguments = self._arguments(component, model)
-        session = Session(model, self.hybrid.entries(component), arguments, self.hybrid.coroutine)
-        self.sessions[component] = session
-        return session
-
-    def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
-        parts = self.hybrid.parts[component]
-        there = next(model.parameters()).device
-        arguments: dict[str, Any] = {
-            name: value.to(there) for name, value in self.given.items() if value is not None and name in parts.takes
-        }
-        if "use_cache" in parts.takes:
-            arguments["use_cache"] = self.cache is not None
-        if self.cache is not None:
-            if parts.cache_name is None:
-                raise ValueError(
-                    f"component {self.hybrid.names[component]!r} keeps no cache that a hybrid could carry; pass "
-                    "use_cache=False, as `generate` does by itself."
-                )
-            arguments[parts.cache_name] = self.cache.of(component, self.hybrid.names[component], model)
-            one_step = self.cache.length > 0 and self.given["input_ids"].shape[1] == 1  # type: ignore[union-attr]
-            if one_step and not self.cache.has_attention(component):
-                arguments.pop("attention_mask", None)  # padding was zeroed when it passed
-        return arguments
 
 
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -298,7 +230,7 @@ def _config(hybrid: HybridBackbone) -> PreTrainedConfig:
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     if known:
         config.max_position_embeddings = min(known)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in _SPECIAL:
         setattr(config, name, _first(name, [_text(component) for component in hybrid.components]))
     return config
 
@@ -306,8 +238,7 @@ def _config(hybrid: HybridBackbone) -> PreTrainedConfig:
 def _generation_config(hybrid: HybridBackbone) -> GenerationConfig:
     """The special tokens of the first component that has them."""
     sources = [getattr(component, "generation_config", None) for component in hybrid.components]
-    tokens = {name: _first(name, [*sources, hybrid.config]) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**tokens)
+    return GenerationConfig(**{name: _first(name, [*sources, hybrid.config]) for name in _SPECIAL})
 
 
 def _text(component: nn.Module) -> Any:

@@ -1,5 +1,6 @@
-"""The cache of a hybrid: a native cache for each component that was run, each indexed by that component's own layers."""
+"""The cache of a hybrid: a native cache for each component that was run, indexed by that component's own layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,10 +59,8 @@ class HybridCache(Cache):
         """Keep these rows of the batch, in this order."""
         self._refuse_state_elsewhere()
         for cache in self.native.values():
-            for layer in cache.layers:
-                layer.reorder_cache(beam_idx)
-        for rider in self.layers:
-            rider.reorder_cache(beam_idx)
+            cache.reorder_cache(beam_idx)
+        self._carried(lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows; a mask of rows works as well."""
@@ -82,9 +81,10 @@ class HybridCache(Cache):
                 f"the cache can't be cropped by {count} tokens: component {stuck[0]!r} keeps a recurrent state, which "
                 "sums up all tokens so far. Decode without an assistant model, or with attention components only."
             )
-        for cache in (*self.native.values(), *self.layers):
+        for cache in self.native.values():
             if count or cache.is_croppable:
                 cache.crop(-count)
+        self._carried(lambda layer: layer.crop(-count))
         self.length -= count
 
     def activate_past_recording(self) -> None:
@@ -94,8 +94,9 @@ class HybridCache(Cache):
 
     def reset(self) -> None:
         """Start anew."""
-        for cache in (*self.native.values(), *self.layers):
+        for cache in self.native.values():
             cache.reset()
+        self._carried(lambda layer: layer.reset())
         self.length = 0
 
     @property
@@ -123,6 +124,10 @@ class HybridCache(Cache):
     def is_croppable(self) -> bool:
         """Whether every component's cache can take tokens back."""
         return all(cache.is_croppable for cache in self.native.values())
+
+    def _carried(self, change: Callable[[Any], object]) -> None:
+        for layer in self.layers:
+            change(layer)
 
     def _refuse_state_elsewhere(self) -> None:
         """A layer of state that nobody wrote to, though tokens have passed, has its state in the model's modules."""

@@ -148,7 +148,7 @@ def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: froze
 
     def recorder(place: int) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, _ = hidden_of(args, kwargs)
+            hidden = hidden_of(args, kwargs)[0]
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
             seen.entered.append((place, shape[-1] if shape else 0))
             seen.shapes.append(shape)

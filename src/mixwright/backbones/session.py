@@ -1,17 +1,22 @@
-"""One pass of one component through its own forward, suspended where a block begins and before its head."""
+"""A pass of a hybrid: each component goes through its own forward, suspended where a block begins and at its head."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mixwright.backbones.coroutine import AbstractCoroutine
 from mixwright.backbones.parts import hidden_of
 
+if TYPE_CHECKING:
+    from mixwright.backbones.hybrid import HybridBackbone
+    from mixwright.backbones.hybrid_cache import HybridCache
+
 
 class Session:
-    """The component computes its masks, positions, caches, norms and logits; only hidden states are exchanged.
+    """One component's pass. Masks, positions, caches, norms and logits are its own; only hidden states are exchanged.
 
     `entries` are the modules at whose entry it stops: `at` counts them, -1 before the start, and `hidden` is what
     stands there. `output` is what its forward returned, once `done`.
@@ -30,9 +35,7 @@ class Session:
         self.output: Any = None
         self._inside = False
         self._coroutine = kind(lambda: component(**arguments))
-        self._hooks = [
-            entry.register_forward_pre_hook(self._stop, with_kwargs=True, prepend=True) for entry in entries
-        ]
+        self._hooks = [entry.register_forward_pre_hook(self._stop, with_kwargs=True, prepend=True) for entry in entries]
 
     @property
     def done(self) -> bool:
@@ -93,3 +96,74 @@ class Session:
         if x is None:
             return None
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+
+class Pass:
+    """The sessions of one pass of a hybrid, by component. A component has none before it is asked for.
+
+    `given`: the arguments of every component that takes them; `ids` among them are on the device of the stream.
+    """
+
+    def __init__(
+        self, hybrid: "HybridBackbone", ids: Tensor, given: Mapping[str, Tensor | None], cache: "HybridCache | None"
+    ) -> None:
+        self.hybrid, self.ids, self.cache = hybrid, ids, cache
+        self.given: dict[str, Tensor | None] = {"input_ids": ids, **given}
+        self.sessions: dict[int, Session] = {}
+
+    def run(self, number: int, component: int, hidden: Tensor | None) -> Tensor:
+        """See `hybrid.Slot.run`."""
+        session = self.sessions.get(component)
+        if session is None:
+            session = self.sessions[component] = self._session(component)
+        if number == 0:
+            return self._out(component, session.reach(0))
+        own = session.reach(number - 1)
+        out = session.advance(number - 1, own if hidden is None else hidden[..., : own.shape[-1]])
+        if number <= self.hybrid.num_blocks:
+            return self._out(component, out)
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        return logits[..., : self.hybrid.vocab_size].to(self.ids.device)
+
+    def finish(self) -> None:
+        """Count the tokens; who reads its masks off the last layer of its cache runs to its end, others need not."""
+        if self.cache is None:
+            return
+        for component, session in self.sessions.items():
+            if not session.done and self.cache.is_recurrent(component):
+                session.finish()
+        self.cache.length += self.ids.shape[1]
+
+    def close(self) -> None:
+        """Leave every component as it was before the pass."""
+        for session in self.sessions.values():
+            session.close()
+
+    def _out(self, component: int, hidden: Tensor) -> Tensor:
+        missing = self.hybrid.widths[component] - hidden.shape[-1]
+        return (pad(hidden, (0, missing)) if missing else hidden).to(self.ids.device)
+
+    def _session(self, component: int) -> Session:
+        model = self.hybrid.components[component]
+        arguments = self._arguments(component, model)
+        return Session(model, self.hybrid.entries(component), arguments, self.hybrid.coroutine)
+
+    def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
+        parts, name = self.hybrid.parts[component], self.hybrid.names[component]
+        there = next(model.parameters()).device
+        arguments: dict[str, Any] = {
+            key: value.to(there) for key, value in self.given.items() if value is not None and key in parts.takes
+        }
+        if "use_cache" in parts.takes:
+            arguments["use_cache"] = self.cache is not None
+        if self.cache is None:
+            return arguments
+        if parts.cache_name is None:
+            raise ValueError(
+                f"component {name!r} keeps no cache that a hybrid could carry; pass use_cache=False, as `generate` "
+                "does by itself."
+            )
+        arguments[parts.cache_name] = self.cache.of(component, name, model)
+        if self.cache.length and self.ids.shape[1] == 1 and not self.cache.has_attention(component):
+            arguments.pop("attention_mask", None)  # padding was zeroed when it passed
+        return arguments
