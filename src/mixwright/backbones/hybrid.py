@@ -79,7 +79,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.names = tuple(names)
         self.num_blocks = num_blocks
         self.parts = tuple(parts_of(component, name) for component, name in zip(components, names, strict=True))
-        self.starts = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
+        self.runs = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
         self.widths = tuple(max(parts.widths) for parts in self.parts)
         self.vocab_size = min(vocab_size or self.parts[0].vocab_size, *(parts.vocab_size for parts in self.parts))
         self.embedding = Slot(0)
@@ -105,9 +105,10 @@ class HybridBackbone(nn.Module, GenerationMixin):
         """Of the first component. Each keeps its own, and is given hidden states in it."""
         return next(p.dtype for p in self.components[0].parameters() if p.is_floating_point())
 
-    def entries(self, component: int) -> tuple[nn.Module, ...]:
+    def stops(self, component: int) -> tuple[nn.Module, ...]:
         """The modules before which a component is suspended: the first layer of each block, and the head."""
-        return self.parts[component].entries(self.components[component], self.starts[component])
+        parts, model = self.parts[component], self.components[component]
+        return *(parts.layer(model, run[0]) for run in self.runs[component]), model.get_submodule(parts.head)
 
     def forward(
         self,
@@ -129,7 +130,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
         if cache is None and use_cache:
             cache = HybridCache()
         with self._pass(input_ids, attention_mask, position_ids, cache) as current:
-            hidden = self.embedding(input_ids.unsqueeze(-1))
+            hidden = self.embedding(input_ids.unsqueeze(-1).float())
             for block in self.blocks:
                 hidden = block(hidden)
             logits = self.head(_kept(hidden, logits_to_keep))

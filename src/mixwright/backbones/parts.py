@@ -45,24 +45,23 @@ class Parts:
         """What its forward calls its cache; None for a model that takes none of today's caches."""
         return next((name for name in _CACHES if name in self.takes), None)
 
-    def entries(self, model: nn.Module, starts: tuple[int, ...]) -> tuple[nn.Module, ...]:
-        """The modules at whose entry a pass is suspended: the layers that begin a block, and the head."""
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return *(layers[start] for start in starts), model.get_submodule(self.head)
+    def layer(self, model: nn.Module, index: int) -> nn.Module:
+        """Layer number `index` of `model`."""
+        return model.get_submodule(f"{self.layers}.{index}")
 
 
-def split(num_layers: int, num_blocks: int) -> tuple[int, ...]:
-    """The first layer of each block: round(i L / K). Runs of layers are consecutive, their lengths differ by 1 at most.
+def split(num_layers: int, num_blocks: int) -> tuple[range, ...]:
+    """Layers `round(i L / K)` to `round((i + 1) L / K)` for each block i: each once, lengths differing by at most 1.
 
-    Raises ValueError where a block would be left without a layer.
+    Raises ValueError where a block would have no layer.
     """
     if not 1 <= num_blocks <= num_layers:
         raise ValueError(
-            f"num_blocks={num_blocks}, but a component has {num_layers} layers and needs at least one in every block; "
-            f"expected 1 to {num_layers}."
+            f"num_blocks={num_blocks}: expected 1 to {num_layers}, the layers of the shallowest component; each block "
+            "needs a layer of each."
         )
-    return tuple(round(i * num_layers / num_blocks) for i in range(num_blocks))
+    cuts = [(2 * i * num_layers + num_blocks) // (2 * num_blocks) for i in range(num_blocks + 1)]
+    return tuple(range(a, b) for a, b in zip(cuts, cuts[1:]))
 
 
 def parts_of(model: nn.Module, name: str = "") -> Parts:

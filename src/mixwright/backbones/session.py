@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 class Session:
     """One component's pass. Masks, positions, caches, norms and logits are its own; only hidden states are exchanged.
 
-    `entries` are the modules at whose entry it stops: `at` counts them, -1 before the start, and `hidden` is what
+    `stops` are the modules at whose entry it stops: `at` counts them, -1 before the start, and `hidden` is what
     stands there. `output` is what its forward returned, once `done`.
     """
 
     def __init__(
         self,
         component: nn.Module,
-        entries: tuple[nn.Module, ...],
+        stops: tuple[nn.Module, ...],
         arguments: Mapping[str, Any],
         kind: Callable[[Callable[[], Any]], AbstractCoroutine],
     ) -> None:
-        self.entries = entries
+        self.stops = stops
         self.at = -1
         self.hidden: Tensor | None = None
         self.output: Any = None
         self._inside = False
         self._coroutine = kind(lambda: component(**arguments))
-        self._hooks = [entry.register_forward_pre_hook(self._stop, with_kwargs=True, prepend=True) for entry in entries]
+        self._hooks = [stop.register_forward_pre_hook(self._stop, with_kwargs=True, prepend=True) for stop in stops]
 
     @property
     def done(self) -> bool:
@@ -146,7 +146,7 @@ class Pass:
     def _session(self, component: int) -> Session:
         model = self.hybrid.components[component]
         arguments = self._arguments(component, model)
-        return Session(model, self.hybrid.entries(component), arguments, self.hybrid.coroutine)
+        return Session(model, self.hybrid.stops(component), arguments, self.hybrid.coroutine)
 
     def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
         parts, name = self.hybrid.parts[component], self.hybrid.names[component]
