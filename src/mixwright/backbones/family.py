@@ -2,7 +2,6 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,9 @@ def family_of(name: str | Path) -> str:
         return family
     spelled = str(name).lower().replace("-", "_")
     near = get_close_matches(spelled, families, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"there are {len(families)}, such as gpt_neox and mamba2."
+    advice = (
+        f"did you mean {' or '.join(near)}?" if near else f"there are {len(families)}, such as gpt_neox and mamba2."
+    )
     raise ValueError(f"{str(name)!r} is no family of causal language models and no folder; {advice}")
 
 

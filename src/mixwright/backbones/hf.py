@@ -5,6 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ _NAMES_CODE = frozenset(
     }
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _KINDS = ("auto", "causal", "seq2seq", "speech", "encoder")
 
 
@@ -236,7 +238,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CatalogError("SIZE", name, f"config.json has {path.stat().st_size} bytes; at most {_CONFIG_LIMIT}.")
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"), object_hook=_float)
     except (ValueError, RecursionError) as error:
         raise CatalogError("JSON", name, f"config.json can't be read ({_short(error)}).") from error
     if not isinstance(settings, dict):
@@ -244,6 +246,12 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if settings.get("quantization_config"):
         raise CatalogError("FEATURE", name, "the weights are quantised; experts need a backbone in plain precision.")
     return settings
+
+
+def _float(given: dict[str, Any]) -> Any:
+    """transformers 5 writes floats that JSON lacks as `{"__float__": "Infinity"}`: Mamba-2 has one."""
+    tag = given.get("__float__") if len(given) == 1 else None
+    return _FLOATS.get(tag, given) if isinstance(tag, str) else given
 
 
 def _check_weights(folder: Path, name: str) -> None:

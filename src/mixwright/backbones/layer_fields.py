@@ -75,7 +75,9 @@ def cut_list(name: str, value: list[Any], layers: int, kept: Sequence[int]) -> l
         return [value[layer] for layer in kept]
     if _REPEATED.fullmatch(name) and 0 < len(value) < layers:
         return [value[layer % len(value)] for layer in kept]
-    runs = all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], (list, tuple)) for item in value)
+    runs = all(
+        isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], (list, tuple)) for item in value
+    )
     if value and runs and all(is_int(item[1]) for item in value):
         whole = list(chain.from_iterable(list(kinds) * times for kinds, times in value))
         return [[[whole[layer] for layer in kept], 1]] if len(whole) == layers else value

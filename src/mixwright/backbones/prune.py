@@ -44,7 +44,9 @@ def pruned(model: nn.Module, layers: Sequence[int]) -> nn.Module:
 def _checked(layers: Sequence[int], count: int) -> list[int]:
     kept = list(layers)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
-        raise ValueError(f"layers to keep are {kept}; expected at least one of 0 to {count - 1}, in order and once each.")
+        raise ValueError(
+            f"layers to keep are {kept}; expected at least one of 0 to {count - 1}, in order and once each."
+        )
     return kept
 
 
@@ -105,7 +107,9 @@ def _as_described(small: nn.Module, paths: tuple[str, ...], kept: Sequence[int],
     wanted = {key: tuple(value.shape) for key, value in built.state_dict(keep_vars=True).items()}
     if shapes != wanted:
         first = next(key for key in sorted({*shapes, *wanted}) if shapes.get(key) != wanted.get(key))
-        raise _refused(name, kept, f"its config would give {first} the shape {wanted.get(first)}, not {shapes.get(first)}")
+        raise _refused(
+            name, kept, f"its config would give {first} the shape {wanted.get(first)}, not {shapes.get(first)}"
+        )
     others = dict(built.named_modules())
     for place, module in small.named_modules():
         for attribute, value in _plain(others.get(place)).items():
@@ -125,7 +129,7 @@ def _plain(module: nn.Module | None) -> dict[str, Any]:
     values = vars(module) if module is not None else {}
     passing = ("training", "gradient_checkpointing")
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value
         for key, value in values.items()
         if not key.startswith("_") and key not in passing and (isinstance(value, _PLAIN) or _plain_list(value))
     }

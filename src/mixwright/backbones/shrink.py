@@ -23,7 +23,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(head_?dim|d_head|dim_head|head_size|kv_channels|rotary_dim)", _HEAD_DIM),
     (r"mamba_d_ssm|.*hidden_size_mlp|mamba_intermediate_size", 2 * _WIDTH),
     (r"dim_model_base|model_dim|hidden_dim|projection_dim|width", _WIDTH),
-    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|ffn_size|mid_dim)|d_inner|dim_ff|dff|n_inner", 48),
+    (
+        r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|ffn_size|mid_dim)|d_inner|dim_ff|dff|n_inner",
+        48,
+    ),
     (r".*(lora_rank|lowrank|_rank|dt_rank)", 8),
     (r".*(vocab_size|vocab_size_base|_group_vocab|vocab_size_per_layer_input|num_centroids)", VOCAB),
     (r".*(state_size|d_state)", 8),
@@ -41,7 +44,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"patch_size", 8),
 )
 _PLAIN = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
-_WIDTHS = re.compile(r".*(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|embed_dim|lru_width|proj_dim)")
+_WIDTHS = re.compile(
+    r".*(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|embed_dim|lru_width|proj_dim)"
+)
 _KEY_HEADS = re.compile(r".*(num|n)_(kv|key_value)_heads|num_key_value_groups")
 _TOKEN = re.compile(r".*(token_id|token_index|mask_index|unk_index|pad_index|bos_index|eos_index)s?")
 _UNCHANGED = frozenset({"chunk_size_feed_forward", "chunk_size_lm_head", "pretraining_tp", "type_vocab_size", "expand"})
@@ -107,7 +112,7 @@ def _cut(name: str, value: Any, settings: Mapping[str, Any], layers: int, kept: 
         return True
     if value is None and name in ("head_dim", "num_key_value_heads"):
         return _HEAD_DIM if name == "head_dim" else _HEADS // 2
-    return _size(name, value, settings) if is_int(value) else value
+    return _size(name, value, settings) if isinstance(value, int) and is_int(value) else value
 
 
 def _cut_list(name: str, value: list[Any], settings: Mapping[str, Any], layers: int, kept: Sequence[int]) -> list[Any]:
