@@ -30,7 +30,7 @@ class Size:
     state: int = 16
     chunk: int = 16
     batch: int = 32
-    steps: int = 400
+    steps: int = 300
     validation: int = 512
     test: int = 1024
 
