@@ -34,19 +34,11 @@ from benchmarks.hybrid_mad_models import (
 )
 from benchmarks.hybrid_mad_tables import report, summary
 from benchmarks.record import surroundings, write_json
-from mixwright.data.mad_tasks import FuzzyRecall, InContextRecall, MadTask, Memorisation, SelectiveCopy
+from mixwright.data.mad import SMALL
+from mixwright.data.mad_tasks import MadTask
 
 RATES = (2e-3, 5e-3, 1e-3)
-TASKS: Mapping[str, MadTask] = {
-    task.name: task
-    for task in (
-        SelectiveCopy(16, 32, 5),
-        InContextRecall(32, 32),
-        InContextRecall(24, 32, noise_tokens=8, noise=0.3),
-        FuzzyRecall(16, 32, 2),
-        Memorisation(4096, 4),
-    )
-}
+TASKS = SMALL
 Cell = dict[str, Any]
 
 
