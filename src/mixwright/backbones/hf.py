@@ -148,6 +148,26 @@ def build_backbone(model_type: str, settings: Mapping[str, Any], *, kind: str = 
         return _auto_class(kind if kind != "auto" else _kind(config, settings)).from_config(config).eval()
 
 
+def causal_families() -> dict[str, str]:
+    """Every family of causal language models that the installed transformers lists: model type -> class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {str(family): str(names) for family, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def default_settings(model_type: str) -> dict[str, Any]:
+    """The fields of a family's config as they are by default."""
+    from transformers import CONFIG_MAPPING
+
+    return _config({"model_type": model_type}, model_type).to_dict() if model_type in CONFIG_MAPPING else {}
+
+
+def read_settings(path_or_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The fields of the config in a model's folder, without those that name code. Weights need not be there."""
+    folder = fetch(path_or_id, revision, ("config.json",))
+    return _config(_settings(folder, str(path_or_id)), str(path_or_id)).to_dict()
+
+
 def byte_tokenizer(text_model: str = "causal") -> Any:
     """A tokenizer of 256 bytes and four special tokens (pad 0, end 1, start 2, unknown 3), for tests and demos.
 
