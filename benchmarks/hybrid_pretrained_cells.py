@@ -44,7 +44,10 @@ class Cells:
         self.found: dict[str, dict[str, Any]] = {}
         if cache is not None and cache.exists():
             lines = cache.read_text("utf-8").splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                cache.write_text("".join(whole), "utf-8")
+            rows = [json.loads(line) for line in whole]
             self.found = {row.pop("key"): row for row in rows}
 
     def take(self, key: str, measure: Cell) -> dict[str, Any]:
