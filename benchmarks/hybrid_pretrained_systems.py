@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +76,12 @@ class Workshop:
         self.budget = budget
         self.rates: dict[str, float] = dict(rates or {})
         self.aligned: dict[tuple[Shape, int], tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+    def for_an_epoch(self) -> "Workshop":
+        """The same with enough steps of tuning for about one pass over Shakespeare, four times as many."""
+        longer = copy.copy(self)
+        longer.budget = replace(self.budget, tune=4 * self.budget.tune)
+        return longer
 
     def component(self, name: str) -> nn.Module:
         """A copy, to be trained."""

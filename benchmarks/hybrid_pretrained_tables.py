@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.hybrid_pretrained_cells import KINDS, MAIN, POINTS
+from benchmarks.hybrid_pretrained_cells import EPOCH, KINDS, MAIN, POINTS
 from benchmarks.hybrid_pretrained_pair import NAMES
 from benchmarks.hybrid_pretrained_search import SEARCHES
 from benchmarks.hybrid_pretrained_texts import TARGETS
@@ -21,7 +21,8 @@ WITHIN = 0.05
 
 def tables(found: Found) -> str:
     """All of them."""
-    parts = [main_table(found, corpus) for corpus in TARGETS]
+    corpora = [*TARGETS, *([EPOCH] if seeds_of(found, f"ensemble: {EPOCH}") else [])]
+    parts = [main_table(found, corpus) for corpus in corpora]
     return "\n\n".join([*parts, sweep_table(found), ablation_table(found), mix_table(found)])
 
 
@@ -95,7 +96,7 @@ def main_table(found: Found, corpus: str) -> str:
     rows = systems(found, corpus)
     said = {(v.system, v.rival.partition(" (")[0], v.budget): v for v in verdicts(found, corpus)}
     lines: list[list[str]] = []
-    base: Any = found.get(f"untouched {corpus}", {})
+    base: Any = found.get(f"untouched {corpus.partition(',')[0]}", {})
     for name in (*NAMES, "ensemble"):
         if name in base:
             lines.append([f"{name}, untouched", f"{statistics.mean(base[name]):.4f}", *["-"] * 8])
@@ -120,7 +121,7 @@ def main_table(found: Found, corpus: str) -> str:
     count = len(next(iter(rows.values()))) if rows else 0
     title = f"#### {corpus} ({count} seeds, {len(base[NAMES[0]]) if base else 0} test documents)"
     sentences = [v.sentence() for v in said.values() if v.system in ("hybrid K=1", "hybrid K=2")]
-    weights = [_weights(found, corpus, shape) for shape in MAIN]
+    weights = [_weights(found, corpus, s) for s in MAIN if seeds_of(found, f"hybrid {s}: {corpus}")]
     return "\n".join(
         [title, "", markdown([*head, *gaps], lines), "", *(f"- {line}" for line in (*sentences, *weights))]
     )
