@@ -139,6 +139,8 @@ def main_table(
         flops = whole["hybrid"]["train_flops"] + whole["align"]["flops"]
         steps = equal_flops(flops, _step_flops(shop.component(component)))
         cells.take(f"{component}, equal FLOPs: {name}", partial(longer, shop, component, corpus, seed, steps))
+        alike = partial(longer, shop, component, corpus, seed, shop.budget.tune)
+        cells.take(f"{component}, equal tuning: {name}", alike)
     cells.take(f"ensemble: {name}", partial(ensemble, shop, corpus, seed))
     cells.take(f"uniform {shapes[0]}: {name}", partial(uniform, shop, shapes[0], corpus, seed))
     for shape in shapes[1:]:

@@ -17,6 +17,9 @@ from mixwright.evaluation.verdict import EQUAL_FLOPS, EQUAL_TOKENS, Verdict, bes
 Found = Mapping[str, Mapping[str, Any]]
 Runs = Sequence[Mapping[str, Any]]
 WITHIN = 0.05
+SAID = ("hybrid K=1", "hybrid K=2", "hybrid K=1, even weights")
+EQUAL_TUNING = "equal tuning"
+"""As many tokens as the hybrid was tuned on, those of its search not counted."""
 
 
 def tables(found: Found) -> str:
@@ -46,6 +49,8 @@ def systems(found: Found, corpus: str) -> dict[str, dict[int, Mapping[str, Any]]
         put(f"{name}, {EQUAL_TOKENS}", f"components, {EQUAL_TOKENS}", name)
     for name in NAMES:
         put(f"{name}, {EQUAL_FLOPS}", f"{name}, {EQUAL_FLOPS}")
+    for name in NAMES:
+        put(f"{name}, {EQUAL_TUNING}", f"{name}, {EQUAL_TUNING}")
     put("logit ensemble, tuned apart", f"components, {EQUAL_TOKENS}", "ensemble apart")
     put("logit ensemble, tuned together", "ensemble")
     put("hybrid K=1, even weights", f"uniform {MAIN[0]}")
@@ -72,7 +77,7 @@ def verdicts(found: Found, corpus: str) -> list[Verdict]:
     for system in rows:
         if not system.startswith(("hybrid", "logit")):
             continue
-        for budget in (EQUAL_TOKENS, EQUAL_FLOPS):
+        for budget in (EQUAL_TOKENS, EQUAL_FLOPS, EQUAL_TUNING):
             rival = best_component(rows, budget)
             if rival is not None:
                 said += compared(rows, system, f"{rival}, {budget}", f"the best component ({rival})", budget)
@@ -120,7 +125,8 @@ def main_table(found: Found, corpus: str) -> str:
     gaps = ["minus best component, equal tokens", "minus best component, equal FLOPs", "minus logit ensemble"]
     count = len(next(iter(rows.values()))) if rows else 0
     title = f"#### {corpus} ({count} seeds, {len(base[NAMES[0]]) if base else 0} test documents)"
-    sentences = [v.sentence() for v in said.values() if v.system in ("hybrid K=1", "hybrid K=2")]
+    sentences = [v.sentence() for v in said.values() if v.system in SAID and v.budget in (EQUAL_TOKENS, EQUAL_FLOPS)]
+    sentences += [v.sentence() for v in said.values() if v.system in SAID[:2] and v.budget == EQUAL_TUNING]
     weights = [_weights(found, corpus, s) for s in MAIN if seeds_of(found, f"hybrid {s}: {corpus}")]
     return "\n".join(
         [title, "", markdown([*head, *gaps], lines), "", *(f"- {line}" for line in (*sentences, *weights))]
