@@ -74,6 +74,8 @@ class Updater:
         """
         set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
         self._enter_training()
+        if self.stage.each_step is not None:
+            self.stage.each_step(self.model, step)
         for parameter in self.parameters.values():
             parameter.grad = None if parameter in self.tables else torch.zeros_like(parameter)
         losses = {split: self._accumulate(split, batches, step) for split, batches in self.sources.items()}
