@@ -19,11 +19,14 @@ class LogitEnsemble:
         self.weights = tuple(weights or [1.0 / len(self.experts)] * len(self.experts))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """An output with the mean `logits`."""
+        """An output with the mean `logits`. Raises ValueError for a model that gives none."""
         mixed: Tensor | None = None
         for expert, weight in zip(self.experts, self.weights, strict=True):
             with self.model.only(expert):
-                term = weight * self.model(*args, **kwargs).logits.float()
+                logits = getattr(self.model(*args, **kwargs), "logits", None)
+            if logits is None:
+                raise ValueError("this backbone gives no logits, so there is nothing for an ensemble to average.")
+            term = weight * logits.float()
             mixed = term if mixed is None else mixed + term
         return SimpleNamespace(logits=mixed)
 

@@ -25,7 +25,10 @@ from mixwright.evaluation.hybrid_rows import Row, mixes_models, rows_of
 from mixwright.evaluation.hybrid_slices import Slice, slices
 from mixwright.evaluation.hybrid_sweep import Flatness, Grid, Sweep, flatness, grid, sweep
 from mixwright.evaluation.hybrid_trajectories import Trajectory, trajectories
-from mixwright.evaluation.intervals import Interval
+from mixwright.evaluation.verdict import Verdict, verdict
+
+BUDGET = "the weights they have here"
+"""What a component and the hybrid have in common when each is measured as it stands: not the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,12 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One system on all documents. `against`: nats per token more than the hybrid has, paired (of the hybrid: None)."""
+    """One system on all documents. `against`: what the hybrid is beside it, paired (of the hybrid itself: None)."""
 
     system: str
     loss: float
-    against: Interval | None
     is_component: bool
+    against: Verdict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class HybridExplanation:
     cost: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
     licences: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     obligations: list[str] = field(default_factory=list[str])
+    verdicts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     missing: list[str] = field(default_factory=list[str])
     composition: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -108,12 +112,14 @@ def explain_hybrid(
     cost: Sequence[tuple[str, str, str]] = (),
     licences: Sequence[Mapping[str, Any]] = (),
     obligations: Sequence[str] = (),
+    verdicts: Sequence[Mapping[str, Any]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> HybridExplanation:
     """Measure what can be measured with what is given: texts for losses, folders of runs for trajectories.
 
     `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark) and
-    `licences` are shown as they are given. The model is left as it was. Raises ValueError for a model whose experts are
+    `licences` are shown as they are given; so are `verdicts`, comparisons that were made elsewhere, at equal tokens or
+    FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises ValueError for a model whose experts are
     not parts of whole models, and what `trajectories` raises.
     """
     if not mixes_models(model):
@@ -121,7 +127,7 @@ def explain_hybrid(
     rows = rows_of(model, _first(model, documents))
     paths = trajectories(runs, list(model.mixtures), list(model.experts)) if runs else []
     found: dict[str, Any] = {} if documents is None else _measured(model, documents, rows, progress, sweeps=sweeps)
-    missing = _missing(model, documents, rows, runs, cost, licences, sweeps=sweeps)
+    missing = _missing(model, documents, rows, runs, cost, licences, verdicts, sweeps=sweeps)
     return HybridExplanation(
         components=_components(model),
         slots=list(model.mixtures),
@@ -130,6 +136,7 @@ def explain_hybrid(
         cost=[*cost],
         licences=[dict(one) for one in licences],
         obligations=[*obligations],
+        verdicts=[dict(one) for one in verdicts],
         missing=missing,
         composition=described(model),
         **found,
@@ -178,9 +185,11 @@ def _measured(
 
 
 def _system(meter: Meter, name: str, sums: Tensor) -> Measured:
-    against = None if name == HYBRID else meter.against(sums, meter.hybrid())
     names = {alone(component) for component in meter.model.experts}
-    return Measured(system=name, loss=meter.loss(sums), against=against, is_component=name in names)
+    tokens = meter.tokens.sum(-1)
+    ours, theirs = (found.sum(-1) / tokens for found in (meter.hybrid(), sums))
+    against = None if name == HYBRID else verdict(ours, theirs, rival=name, budget=BUDGET, tokens=tokens)
+    return Measured(system=name, loss=meter.loss(sums), is_component=name in names, against=against)
 
 
 def _two(rows: Sequence[Row], worth: Sequence[Counterfactual]) -> tuple[Row, Row]:
@@ -224,6 +233,7 @@ def _missing(
     runs: Sequence[Any],
     cost: Sequence[Any],
     licences: Sequence[Any],
+    verdicts: Sequence[Any],
     *,
     sweeps: bool,
 ) -> list[str]:
@@ -235,10 +245,12 @@ def _missing(
             "worth, or whether the hybrid is any better than one of its components."
         )
     else:
-        said.append(
-            "Components trained on as many tokens as the hybrid: each component was measured as it stands inside the "
-            "hybrid. Where training changed it there, it is not what it would be if it had been trained alone."
-        )
+        if not verdicts:
+            said.append(
+                "Components trained on as many tokens, or with as many FLOPs, as the hybrid: each was measured as it "
+                "stands inside the hybrid. Where training changed it there, it is not what it would be if it had been "
+                "trained alone (--verdicts FILE adds comparisons that were made elsewhere)."
+            )
         if documents.cut:
             said.append(
                 f"Intervals over documents for {', '.join(documents.cut)}: a file of one text; its pieces were taken "
