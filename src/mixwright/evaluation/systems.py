@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixwright.catalog.card import RESERVED
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
 from mixwright.evaluation.ensemble import LogitEnsemble
+from mixwright.evaluation.hybrid_rows import mixes_models
 from mixwright.evaluation.retrieval import Library, nearest_expert
 from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.lora import LoraExperts
@@ -191,8 +191,8 @@ def retrieval(model: ComposedModel, library: Library, name: str = "retrieval") -
 
 def members(model: ComposedModel) -> list[int]:
     """Pool ids of the experts that have weights somewhere: all but a null expert."""
-    if not all(isinstance(mixture.experts, LoraExperts) for mixture in model.mixtures.values()):
-        return [at for at, name in enumerate(model.experts) if name != RESERVED]
+    if mixes_models(model):
+        return list(range(len(model.experts)))
     return sorted({member for experts in lora(model).values() for member in experts.members})
 
 
