@@ -13,7 +13,7 @@ from mixwright.methods.base import load
 
 NAMES = ("neox", "llama", "gpt")
 FAMILIES = ("gpt_neox", "llama", "gpt2")
-TEXTS = ("A first text, of some length.", "short", "And a third one that is the longest of all of them by far.")
+TEXTS = ("A first text.", "short", "A third one, the longest by far.")
 
 
 def hybrid_model(models: int = 2, blocks: int = 2, rows: Any = None, **config: Any) -> ComposedModel:
@@ -28,7 +28,7 @@ def hybrid_model(models: int = 2, blocks: int = 2, rows: Any = None, **config: A
     return model
 
 
-def documents(texts: tuple[str, ...] = TEXTS, batch_size: int = 2, max_length: int = 24) -> Documents:
+def documents(texts: tuple[str, ...] = TEXTS, batch_size: int = 8, max_length: int = 20) -> Documents:
     tasks = [task_of([{"text": text} for text in texts], name="plain")]
     tasks.append(task_of([{"prompt": "Say:", "completion": text} for text in texts[:2]], name="asked"))
     return documents_of(tasks, byte_tokenizer("causal"), batch_size=batch_size, max_length=max_length)

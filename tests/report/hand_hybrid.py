@@ -74,9 +74,11 @@ def hybrid(
         ],
         sweeps=[_sweep(row, components[0]) for row in rows] if several else [],
         grid=_grid(rows, components[0]) if len(components) == 2 else None,
-        flatness=Flatness(eigenvalues=[0.12, 0.01, -0.002], gradient=0.003, rows=slots, tokens=2048) if several else None,
+        flatness=Flatness(eigenvalues=[0.12, 0.01, -0.002], gradient=0.003, rows=slots, tokens=2048)
+        if several else None,
         trajectories=[
-            _path(stage, row, m, name) for stage in ("search", "tune") for row in rows for m, name in enumerate(components)
+            _path(stage, row, m, name)
+            for stage in ("search", "tune") for row in rows for m, name in enumerate(components)
         ],
         cost=COST,
         licences=[{**LICENCES[at % 2], "component": n} for at, n in enumerate(components)],

@@ -119,11 +119,11 @@ def explain_hybrid(
 
     `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark) and
     `licences` are shown as they are given; so are `verdicts`, comparisons that were made elsewhere, at equal tokens or
-    FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises ValueError for a model whose experts are
-    not parts of whole models, and what `trajectories` raises.
+    FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises ValueError for a model whose experts
+    are not parts of whole models, and what `trajectories` raises.
     """
     if not mixes_models(model):
-        raise ValueError("this model is no hybrid of whole models: its experts are not their embeddings, runs and heads.")
+        raise ValueError("this model is no hybrid of whole models, whose experts are embeddings, runs and heads.")
     rows = rows_of(model, _first(model, documents))
     paths = trajectories(runs, list(model.mixtures), list(model.experts)) if runs else []
     found: dict[str, Any] = {} if documents is None else _measured(model, documents, rows, progress, sweeps=sweeps)

@@ -63,7 +63,9 @@ class Meter:
         """Predicted tokens, (documents, places)."""
         return self.documents.tokens
 
-    def sums(self, key: tuple[Any, ...], guise: AbstractContextManager[Any] | None = None, speaker: Any = None) -> Tensor:
+    def sums(
+        self, key: tuple[Any, ...], guise: AbstractContextManager[Any] | None = None, speaker: Any = None
+    ) -> Tensor:
         """Losses (documents, places) of the model in this guise, or of another speaker; measured once for each key."""
         if key not in self._known:
             if self.progress is not None:
@@ -143,7 +145,5 @@ def leave_one_out(meter: Meter) -> list[LeftOut]:
     found: list[LeftOut] = []
     for m, component in enumerate(names if len(names) > 1 else ()):
         sums = meter.sums(("without", component), left_out(meter.model, m))
-        found.append(
-            LeftOut(component=component, loss=meter.loss(sums), change=meter.against(sums, meter.hybrid()))
-        )
+        found.append(LeftOut(component=component, loss=meter.loss(sums), change=meter.against(sums, meter.hybrid())))
     return found

@@ -113,11 +113,13 @@ def flatness(model: ComposedModel, documents: Documents, batches: int = 4) -> Fl
     """The Hessian over the mixture logits on the first `batches` batches; None where no row has two live components."""
     part = documents.batches[:batches]
     slots = slots_of_rows(model)
-    free = {row: found for row, (slot, *_) in slots.items() if (found := _free(model.mixtures[slot].router)) is not None}
+    free = {
+        row: found for row, (slot, *_) in slots.items() if (found := _free(model.mixtures[slot].router)) is not None
+    }
     if not free:
         return None
     logits = [logits for logits, _ in free.values()]
-    directions = [d for d in _directions(list(free.values()))]
+    directions = _directions(list(free.values()))
     asked = [parameter.requires_grad for parameter in logits]
     before = [parameter.detach().clone() for parameter in logits]
     try:
@@ -125,9 +127,7 @@ def flatness(model: ComposedModel, documents: Documents, batches: int = 4) -> Fl
             parameter.requires_grad_(True)
         columns: list[Tensor] = []
         for direction in directions:
-            ahead, behind = (
-                _gradient(model, part, logits, before, direction, sign * _NUDGE) for sign in (1.0, -1.0)
-            )
+            ahead, behind = (_gradient(model, part, logits, before, direction, sign * _NUDGE) for sign in (1.0, -1.0))
             columns.append((ahead - behind) / (2 * _NUDGE))
         here = _gradient(model, part, logits, before, directions[0], 0.0)
     finally:
@@ -138,9 +138,7 @@ def flatness(model: ComposedModel, documents: Documents, batches: int = 4) -> Fl
     hessian = basis @ torch.stack(columns, -1)
     values = torch.linalg.eigvalsh((hessian + hessian.T) / 2).flip(0)
     tokens = sum(int((batch.targets != IGNORED).sum()) for batch in part)
-    return Flatness(
-        eigenvalues=values.tolist(), gradient=float((basis @ here).norm()), rows=list(free), tokens=tokens
-    )
+    return Flatness(eigenvalues=values.tolist(), gradient=float((basis @ here).norm()), rows=list(free), tokens=tokens)
 
 
 def _free(router: nn.Module) -> tuple[nn.Parameter, Tensor] | None:
@@ -188,7 +186,7 @@ def _gradient(
             placed = batch.to(logits[0].device)
             out = model(**placed.inputs, use_cache=False).logits.float()
             loss = cross_entropy(out.transpose(1, 2), placed.targets, ignore_index=IGNORED, reduction="sum")
-            parts = torch.autograd.grad(loss, list(logits), allow_unused=True)
-            total = [s if g is None else s + g.double().cpu() for s, g in zip(total, parts, strict=True)]
+            parts = torch.autograd.grad(loss, list(logits))
+            total = [s + g.double().cpu() for s, g in zip(total, parts, strict=True)]
             tokens += int((placed.targets != IGNORED).sum())
     return torch.cat(total) / tokens

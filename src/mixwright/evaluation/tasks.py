@@ -23,7 +23,7 @@ NAMES = ("backbone", "experts", "ensemble", "merged", "average", "random", "arro
 """What `chosen_systems` knows, in the order of the table. `experts` is one system for each of them."""
 
 OF_LORA = tuple(name for name in NAMES if name != "ensemble")
-"""Those of them that are measured of LoRA experts unless others are named: the ensemble runs the model once for each."""
+"""Those of them that are measured of LoRA experts unless others are named: an ensemble runs the model for each."""
 
 OF_ANY_EXPERTS = ("backbone", "average", "routed")
 """Those of them that need no LoRA experts."""

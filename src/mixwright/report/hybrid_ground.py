@@ -18,8 +18,8 @@ def ground_section(found: HybridExplanation, styles: Mapping[str, str]) -> str:
         return tag("section", title, tag("p", note, class_="note"), id="ground")
     places = {row.name: row_name(row) for row in found.rows}
     note = (
-        "One weight goes from 0 to 1, its neighbours share the rest, nothing is trained again. The dot is the choice, where "
-        "the model stands. A valley that is wide and low says that the exact weight does not matter much."
+        "One weight goes from 0 to 1, its neighbours share the rest, nothing is trained again. The dot is the choice, "
+        "where the model stands. A valley that is wide and low says that the exact weight does not matter much."
     )
     figures = [_curve(one, places[one.row], styles[one.component]) for one in found.sweeps]
     said = [sweep_sentence(one, places[one.row]) for one in found.sweeps]
@@ -27,7 +27,9 @@ def ground_section(found: HybridExplanation, styles: Mapping[str, str]) -> str:
     listed = tag("ul", *(tag("li", escape(text)) for text in [*said, *flat]), class_="reasons")
     surface = "" if found.grid is None else _surface(found.grid, places)
     drawn = tag("div", *figures, class_="curves-grid")
-    return tag("section", title, tag("p", note, class_="note"), drawn, listed, surface, _bends(found, places), id="ground")
+    return tag(
+        "section", title, tag("p", note, class_="note"), drawn, listed, surface, _bends(found, places), id="ground"
+    )
 
 
 def _curve(one: Sweep, place: str, style: str) -> str:
@@ -58,7 +60,7 @@ def _bends(found: HybridExplanation, places: Mapping[str, str]) -> str:
 
 
 def _surface(grid: Grid, places: Mapping[str, str]) -> str:
-    """Two rows against each other as a table; cells within the flat stretch are marked, the nearest to the choice too."""
+    """Two rows against each other as a table; the flat stretch is marked, and the cell nearest to the choice."""
     first, second = (places[row] for row in grid.rows)
     least = min(min(row) for row in grid.losses)
     most = max(max(row) for row in grid.losses) - least
@@ -76,9 +78,9 @@ def _surface(grid: Grid, places: Mapping[str, str]) -> str:
         for i, weight in enumerate(grid.weights)
     ]
     caption = (
-        f"Loss by the weight of {grid.component}: down the side in {first.lower()}, across in {second.lower()}. Outlined: "
-        f"nearest to the choice, {grid.chosen[0]:.2f} and {grid.chosen[1]:.2f}. Blue: within {FLAT} nats of the least, "
-        f"{least:.3f}; the browner, the worse."
+        f"Loss by the weight of {grid.component}: down the side in {first.lower()}, across in {second.lower()}. "
+        f"Outlined: nearest to the choice, {grid.chosen[0]:.2f} and {grid.chosen[1]:.2f}. Blue: within {FLAT} nats of "
+        f"the least, {least:.3f}; the browner, the worse."
     )
     head = (f"{first} \u2193 {second} \u2192", *(f"{weight:.1f}" for weight in grid.weights))
     drawn = tag("div", table(head, lines), class_="surface")
@@ -87,7 +89,9 @@ def _surface(grid: Grid, places: Mapping[str, str]) -> str:
 
 def _cell(loss: float, least: float, most: float, *, here: bool) -> str:
     part = (loss - least) / most if most > 0 else 0.0
-    step = "p2" if loss <= least + FLAT else "p0" if part < 0.1 else "m1" if part < 0.3 else "m2" if part < 0.6 else "m3"
+    step = (
+        "p2" if loss <= least + FLAT else "p0" if part < 0.1 else "m1" if part < 0.3 else "m2" if part < 0.6 else "m3"
+    )
     return tag("td", f"{loss:.3f}", class_=f"step-{step}{' here' if here else ''}")
 
 
@@ -97,9 +101,9 @@ def boundaries_section(found: HybridExplanation) -> str:
     if not found.boundaries:
         return tag("section", title, tag("p", "Not measured: no text was given.", class_="note"), id="boundaries")
     note = (
-        "Root mean square of hidden states, before and after the ways in and out of each component. Likeness compares what "
-        "a component\u2019s layers give inside the hybrid with what they give when it runs alone: 1 is the same up to "
-        "rotation and scale, 0 nothing in common (linear CKA)."
+        "Root mean square of hidden states, before and after the ways in and out of each component. Likeness compares "
+        "what a component\u2019s layers give inside the hybrid with what they give when it runs alone: 1 is the same up "
+        "to rotation and scale, 0 nothing in common (linear CKA)."
     )
     lines = [_boundary(one) for one in found.boundaries]
     head = ("Place", "Component", "Stream", "Handed in", "Given back", "Given when alone", "Likeness", "Stream after")
@@ -129,7 +133,7 @@ def _strange(found: Sequence[Boundary]) -> list[str]:
         ratio, one = max(jumps, key=lambda pair: max(pair[0], 1 / pair[0]))
         if max(ratio, 1 / ratio) > 1.5:
             said.append(
-                f"In {slot_name(one.slot).lower()} the states of {one.component} are {ratio:.2f} times as long as when it "
-                "runs alone."
+                f"In {slot_name(one.slot).lower()} the states of {one.component} are {ratio:.2f} times as long as when "
+                "it runs alone."
             )
     return said

@@ -13,7 +13,7 @@ _KINDS = {"needs": "Needed", "hurts": "In the way", "even": "No measurable diffe
 
 
 def map_section(found: HybridExplanation, looks: Mapping[str, Look], styles: Mapping[str, str]) -> str:
-    """Every slot in the order of a pass, with each component's weight as a bar and a number, and the layers it gives."""
+    """Every slot in the order of a pass: each component's weight as a bar and a number, and the layers it gives."""
     of = {slot: row for row in found.rows for slot in row.slots}
     lines = [
         tag(
@@ -27,7 +27,9 @@ def map_section(found: HybridExplanation, looks: Mapping[str, Look], styles: Map
         for place, slot in enumerate(found.slots)
     ]
     shared = [row_name(row) for row in found.rows if len(row.slots) > 1]
-    note = "Read from top to bottom, as a token passes. A bar is a mixture weight; a component without a bar does not run."
+    note = (
+        "Read from top to bottom, as a token passes. A bar is a mixture weight; a component without a bar does not run."
+    )
     if shared:
         note += f" One row for: {'; '.join(shared)}."
     if any(row.spread is not None for row in found.rows):
@@ -35,9 +37,7 @@ def map_section(found: HybridExplanation, looks: Mapping[str, Look], styles: Map
     head = tag(
         "tr", tag("th", "Place", scope="col"), *(_head(c.name, looks[c.name], styles[c.name]) for c in found.components)
     )
-    sizes = [
-        f"{c.name}: {c.architecture}, width {c.width}, {c.parameters:,} parameters" for c in found.components
-    ]
+    sizes = [f"{c.name}: {c.architecture}, width {c.width}, {c.parameters:,} parameters" for c in found.components]
     drawn = tag("table", tag("thead", head), tag("tbody", *lines), class_="map")
     return tag(
         "section",
@@ -70,7 +70,7 @@ def worth_section(found: HybridExplanation) -> str:
         why = "no text was given." if found.texts is None else "there is one component, with weight 1 everywhere."
         return tag("section", title, tag("p", f"Not measured: {why}", class_="note"), id="worth")
     note = (
-        "One weight at a time is changed, the others of its row share the rest as before, and nothing is trained again. "
+        "One weight at a time is changed, the others of its row share the rest as before, nothing is trained again. "
         "Above 0 the model got worse without what was changed, so that much is what it was worth."
     )
     said = reasons(found)
@@ -117,7 +117,7 @@ def shade(value: float, most: float) -> str:
 
 
 def slices_section(found: HybridExplanation) -> str:
-    """Losses of every system on every slice, the least of each in bold, and what the hybrid is beside the best alone."""
+    """Losses of every system on every slice, the least in bold, and what the hybrid is beside the best alone."""
     title = tag("h2", "Where it helps")
     if not found.slices:
         return tag("section", title, tag("p", "Not measured: no text was given.", class_="note"), id="slices")
@@ -134,8 +134,8 @@ def slices_section(found: HybridExplanation) -> str:
         lines.append(tag("tr", tag("th", tag("bdi", escape(one.name)), scope="row"), *counts, *cells, *rest))
     head = ("Slice", "Texts", "Tokens", *systems, "Hybrid minus best alone", "Best alone")
     note = (
-        "Loss in nats per token; the least of a line is bold. The best component is chosen slice by slice, on these very "
-        "texts, which is in its favour. Small slices are uncertain: intervals stand above, for all texts only."
+        "Loss in nats per token; the least of a line is bold. The best component is chosen slice by slice, on these "
+        "very texts, which is in its favour. Small slices are uncertain: intervals stand above, for all texts only."
     )
     return tag("section", title, tag("p", note, class_="note"), table(head, lines), _systems(found), id="slices")
 

@@ -85,7 +85,8 @@ def _licence_section(found: HybridExplanation) -> str:
     columns = [*_LICENCES, *dict.fromkeys(key for row in found.licences for key in row if key not in _LICENCES)]
     shown = [column for column in columns if any(row.get(column) not in (None, "", [], {}) for row in found.licences)]
     lines = [
-        tag("tr", *(tag("td", tag("bdi", escape(_said(row.get(column))))) for column in shown)) for row in found.licences
+        tag("tr", *(tag("td", tag("bdi", escape(_said(row.get(column))))) for column in shown))
+        for row in found.licences
     ]
     drawn = tag("div", table([column.replace("_", " ").capitalize() for column in shown], lines), class_="words")
     duties = tag("ul", *(tag("li", escape(text)) for text in found.obligations), class_="reasons")

@@ -12,11 +12,15 @@ def paths_section(found: Sequence[Trajectory], styles: Mapping[str, str], short:
     """A row of charts for each stage; what stood still, or moved as another place did, is said and not drawn."""
     if not found:
         note = "Not told: no runs were given. `mixwright explain FOLDER --runs RUN` draws them from a run\u2019s log."
-        return tag("section", tag("h2", "How the weights came about"), tag("p", escape(note), class_="note"), id="paths")
+        return tag(
+            "section", tag("h2", "How the weights came about"), tag("p", escape(note), class_="note"), id="paths"
+        )
     stages = list(dict.fromkeys(one.stage for one in found))
     parts = [_stage(stage, [one for one in found if one.stage == stage], styles, short) for stage in stages]
     many = max(one.runs for one in found)
-    band = f"A line is the mean of {many} runs, the band their smallest and largest." if many > 1 else "One run: no band."
+    band = (
+        f"A line is the mean of {many} runs, the band their smallest and largest." if many > 1 else "One run: no band."
+    )
     return tag(
         "section",
         tag("h2", "How the weights came about"),
@@ -26,9 +30,7 @@ def paths_section(found: Sequence[Trajectory], styles: Mapping[str, str], short:
     )
 
 
-def _stage(
-    stage: str, found: Sequence[Trajectory], styles: Mapping[str, str], short: Mapping[str, str]
-) -> str:
+def _stage(stage: str, found: Sequence[Trajectory], styles: Mapping[str, str], short: Mapping[str, str]) -> str:
     slots = list(dict.fromkeys(one.slot for one in found))
     moving = [slot for slot in slots if not all(still(one) for one in found if one.slot == slot)]
     quiet = [slot_name(slot) for slot in slots if slot not in moving]

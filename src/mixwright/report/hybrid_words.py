@@ -12,8 +12,8 @@ FLAT = 0.01
 """Nats per token within which a stretch of weights is called as good as the best."""
 
 GLOSSARY = (
-    ("Loss", "how surprised a model is by the next token, on average, in nats: lower is better. One nat less means that "
-     "the right token was thought e = 2.7 times as likely."),
+    ("Loss", "how surprised a model is by the next token, on average, in nats: lower is better. One nat less means "
+     "that the right token was thought e = 2.7 times as likely."),
     ("Component", "one of the pretrained models that the hybrid is made of."),
     ("Block", "a stretch of the hybrid: every component gives a run of consecutive layers to it."),
     ("Mixture weight", "how much of a component's output goes into the hybrid there. The weights of a row sum to 1."),
@@ -23,8 +23,8 @@ GLOSSARY = (
     ("One-hot", "a row in which one component has weight 1: the others do not run there."),
     ("Logit ensemble", "all components run side by side and their outputs are averaged: as dear as the hybrid, nothing "
      "to learn. A hybrid that does not beat it is not worth its trouble."),
-    ("95 % interval", "where the difference would fall, 19 times in 20, had other documents of the same kind been drawn. "
-     "It says nothing of another training run."),
+    ("95 % interval", "where the difference would fall, 19 times in 20, had other documents of the same kind been "
+     "drawn. It says nothing of another training run."),
     ("No significant difference", "the interval holds 0: these texts can't tell the two apart."),
     ("Counterfactual", "the same model with one weight changed and nothing trained again."),
 )  # fmt: skip
@@ -44,11 +44,11 @@ def row_name(row: Row) -> str:
 
 
 def verdict_sentences(found: HybridExplanation) -> list[str]:
-    """What the hybrid is beside the best of its components and beside their ensemble; comparisons of elsewhere first."""
+    """What the hybrid is beside the best of its components and their ensemble; comparisons of elsewhere first."""
     said = [_elsewhere(one) for one in found.verdicts]
     hybrid, best = (found.systems[0] if found.systems else None), found.best
     if hybrid is None or best is None or found.texts is None:
-        return [*said, "No text was given, so nothing here says whether the hybrid is any good."] if not said else said
+        return said or ["No text was given, so nothing here says whether the hybrid is any good."]
     many = len(found.components) > 1
     rival = f"the best of its components, {best.system}" if many else f"its only component, {best.system}"
     said.append(_beside(rival, hybrid.loss, best))
@@ -179,9 +179,9 @@ def flatness_sentences(flat: Flatness) -> list[str]:
     """What the Hessian over the mixture logits says."""
     top, least = flat.eigenvalues[0], flat.eigenvalues[-1]
     said = [
-        f"Over the mixture logits of {len(flat.rows)} rows the loss bends most with {top:.4f} nats per squared logit (the "
-        f"top eigenvalue of its Hessian, on {flat.tokens:,} tokens) and least with {least:.4f}; its slope there is "
-        f"{flat.gradient:.4f}."
+        f"Over the mixture logits of {len(flat.rows)} rows the loss bends most with {top:.4f} nats per squared logit "
+        f"(the top eigenvalue of its Hessian, on {flat.tokens:,} tokens) and least with {least:.4f}; its slope there "
+        f"is {flat.gradient:.4f}."
     ]
     half = top / 2
     if top > 0:

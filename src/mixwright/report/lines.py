@@ -122,7 +122,9 @@ def _ends(lines: Sequence[Line], place: Place) -> list[str]:
     for high, line in sorted(ends, key=lambda end: end[0]):
         y = max(_TOP + _TALL * high / 100, before + _LEAST_GAP)
         before = y
-        said.append(tag("text", escape(line.label), x=f"{_LEFT + _WIDE + 1}%", y=f"{y + 4:g}", class_=f"at {line.style}"))
+        said.append(
+            tag("text", escape(line.label), x=f"{_LEFT + _WIDE + 1}%", y=f"{y + 4:g}", class_=f"at {line.style}")
+        )
     return said
 
 
