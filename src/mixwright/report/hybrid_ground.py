@@ -102,8 +102,8 @@ def boundaries_section(found: HybridExplanation) -> str:
         return tag("section", title, tag("p", "Not measured: no text was given.", class_="note"), id="boundaries")
     note = (
         "Root mean square of hidden states, before and after the ways in and out of each component. Likeness compares "
-        "what a component\u2019s layers give inside the hybrid with what they give when it runs alone: 1 is the same up "
-        "to rotation and scale, 0 nothing in common (linear CKA)."
+        "what a component\u2019s layers give inside the hybrid with what they give when it runs alone: 1 is the same "
+        "up to rotation and scale, 0 nothing in common (linear CKA)."
     )
     lines = [_boundary(one) for one in found.boundaries]
     head = ("Place", "Component", "Stream", "Handed in", "Given back", "Given when alone", "Likeness", "Stream after")

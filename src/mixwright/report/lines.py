@@ -97,7 +97,7 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 def _axes(low: float, high: float, left: float, right: float, x_name: str) -> list[str]:
     bottom = _TOP + _TALL
     rules = [
-        tag("line", x1=f"{_LEFT}%", x2=f"{_LEFT + _WIDE}%", y1=f"{y:g}", y2=f"{y:g}", class_="rule")
+        f'<line x1="{_LEFT}%" x2="{_LEFT + _WIDE}%" y1="{y:g}" y2="{y:g}" class="rule"/>'
         for y in (_TOP, _TOP + _TALL / 2, bottom)
     ]
     levels = zip((high, (low + high) / 2, low), (_TOP, _TOP + _TALL / 2, bottom))
