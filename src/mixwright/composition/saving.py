@@ -104,6 +104,8 @@ def save(model: "ComposedModel", folder: Path) -> None:
         raise CatalogError("PATH", str(folder), "this is in use and holds no composition; give a new or empty folder.")
     with staged_folder(folder, replace=taken) as staging:
         write_files(model, staging)
+        for path in staging.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' own files are the owner's alone
 
 
 def write_files(model: "ComposedModel", folder: Path) -> None:
