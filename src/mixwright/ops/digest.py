@@ -30,9 +30,10 @@ def _sample(values: Tensor):
 
 def tensor_digest(model: nn.Module) -> dict[str, str]:
     """The SHA-256 of every parameter and buffer, by name: equal before and after means unchanged to the bit."""
-    return {name: _sha256(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: digest_of_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def _sha256(tensor: Tensor) -> str:
+def digest_of_tensor(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()

@@ -1,43 +1,32 @@
 """From a recipe to a saved composition: each stage starts from what the one before left, and leaves a folder."""
 
-import hashlib
-import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
-from mixwright.composition.saving import ADDED, COMPOSITION
-from mixwright.config import encode
 from mixwright.data.batches import Batches
 from mixwright.data.mixture import numbered
-from mixwright.files import sha256_file, write_atomic
 from mixwright.recipe import Recipe
 from mixwright.training.fit import fit
 from mixwright.training.fitted import Fitted
+from mixwright.training.frozen import frozen_digests, proved
+from mixwright.training.gates import Findings
 from mixwright.training.job import Job
+from mixwright.training.left import content_of, folder_of, has_left, is_done, refuse_failed, write_record
 from mixwright.training.processes import process_state
-from mixwright.training.run import (
-    Request,
-    StagePlan,
-    TrainingReport,
-    begin_report,
-    choose,
-    plan,
-    stage_record,
-    take_apart,
-)
+from mixwright.training.run import Request, StagePlan, TrainingReport, begin_report, choose, plan, take_apart
 from mixwright.training.sources import batches
 from mixwright.training.stage import Stage, select_parameters
 
 Load = Callable[[str, nn.Module], ComposedModel]
 """Puts a saved composition, a folder or a hub id, back onto its backbone."""
 
-FOLDER = "composition"
-_RECORD = "trained.json"
+_LOGGER = logging.getLogger(__name__)
 
 
 def check_composition(recipe: Recipe) -> None:
@@ -71,50 +60,72 @@ def train_composition(job: Job, stages: Sequence[Stage], load: Load, request: Re
 
     The first starts from `recipe.composition`, or afresh; a later one from what the one before left, so that they may
     run on different days. A composition appears whole or not at all, when its stage is done. `resume` goes on where a
-    run of the same recipe was cut off.
+    run of the same recipe was cut off. A stage that only looks leaves a record beside where its composition would be.
 
-    Raises ValueError for an unknown stage, one without data, a composition that is there already, whatever a stage
-    says to what it finds, and whatever `fit` refuses.
+    Raises ValueError for an unknown stage, one without data, a composition that is there already, a gate that was not
+    passed where its stage stops at that, whatever a stage says to what it finds, and whatever `fit` refuses.
     """
     chosen = _chosen(job, stages, request.only)
     report = begin_report(job)
+    job = replace(job, load=partial(_loaded, load, job.backbone))
     for stage in chosen:
-        if (_folder(job, stage) / COMPOSITION).exists() and not (request.resume or request.force):
+        if stage.leaves and has_left(job, stage.name) and not (request.resume or request.force):
             raise ValueError(
-                f"{_folder(job, stage)} holds what stage {stage.name} left; train only another stage, go on with "
-                "resume, take another output_dir, or start over with force."
+                f"{folder_of(job, stage.name)} holds what stage {stage.name} left; train only another stage, go on "
+                "with resume, take another output_dir, or start over with force."
             )
     if request.dry_run:
         return replace(report, plans=_planned(job, stages, chosen, load))
     for stage in chosen:
         before = _before(job, stages, stage)
-        folder = _folder(job, stage)
-        if request.resume and _is_done(job, stage, before):
-            report = replace(report, skipped=(*report.skipped, stage.name), composition=str(folder))
-            continue
-        fitted = _train(job, stage, before, load, request)
-        report = replace(report, stages={**report.stages, stage.name: fitted}, composition=str(folder))
+        left = {"composition": str(folder_of(job, stage.name))} if stage.leaves else {}
+        if request.resume and is_done(job, stage, _identity(job, stage, before)):
+            report = replace(report, skipped=(*report.skipped, stage.name), **left)
+        else:
+            fitted = _train(job, stage, before, load, request)
+            report = replace(report, stages={**report.stages, stage.name: fitted}, **left)
+        refuse_failed(job, stage)
     return report
+
+
+def _loaded(load: Load, backbone: nn.Module, folder: str) -> ComposedModel:
+    return load(folder, backbone)
 
 
 def _train(job: Job, stage: Stage, before: str | None, load: Load, request: Request) -> Fitted:
     model = _built(job, stage, None if before is None else load(before, job.backbone))
     try:
+        stage = _resolved(stage, model)
         _refuse_unsaved(model, stage)
+        still = frozen_digests(model, stage) if stage.proves_frozen else None
         fitted = _fitted(job, stage, model, before, request)
+        frozen = None if still is None else proved(still, model, stage)
         if stage.finish is not None:
             stage.finish(model, job)
+        findings = Findings() if stage.examine is None else stage.examine(model, job, request.quiet)
+        for gate in findings.failed():
+            _LOGGER.warning("stage %s: %s", stage.name, gate.said)
+        fitted = replace(fitted, said="\n".join(filter(None, (fitted.said, findings.said()))))
         if process_state().is_main_process:
-            _save(job, stage, model, before, fitted)
+            if stage.leaves:
+                model.save_pretrained(folder_of(job, stage.name))
+            write_record(job, stage, _identity(job, stage, before), fitted, findings, frozen)
     finally:
         take_apart(model)
     process_state().wait_for_everyone()
     return fitted
 
 
+def _resolved(stage: Stage, model: ComposedModel) -> Stage:
+    """The stage with the groups that it chooses by the model."""
+    return stage if stage.choose_groups is None else replace(stage, groups=stage.choose_groups(model))
+
+
 def _fitted(job: Job, stage: Stage, model: ComposedModel, before: str | None, request: Request) -> Fitted:
     if stage.own_way is not None:
         return stage.own_way(model, job, request.quiet)
+    if stage.prepare is not None:
+        stage = replace(stage, objective=stage.prepare(model, job, request.quiet))
     known = tuple(getattr(model, "tasks", ()))
     return fit(
         model,
@@ -143,50 +154,12 @@ def _built(job: Job, stage: Stage, before: ComposedModel | None) -> ComposedMode
     return model
 
 
-def _save(job: Job, stage: Stage, model: ComposedModel, before: str | None, fitted: Fitted) -> None:
-    """The composition first, then the record that it is done: cut off in between, the stage is saved again."""
-    folder = _folder(job, stage)
-    model.save_pretrained(folder)
-    record = {
-        "run": _run(job, stage, before),
-        "added": sha256_file(folder / ADDED),
-        "method": job.recipe.method,
-        "config": dict(job.recipe.config),
-        "seed": job.recipe.seed,
-        "train": encode(job.recipe.train),
-        "data": dict(_identity(job, stage, before)),
-        "stage": {**stage_record(stage, fitted), "held_out_losses": dict(fitted.held_out), "said": fitted.said},
-    }
-    write_atomic(folder.parent / _RECORD, json.dumps(record, indent=1).encode())
-
-
-def _is_done(job: Job, stage: Stage, before: str | None) -> bool:
-    """Whether the same run of this stage, from the same start, saved the composition that is there."""
-    folder = _folder(job, stage)
-    try:
-        record: dict[str, Any] = json.loads((folder.parent / _RECORD).read_text(encoding="utf-8"))
-        return record["run"] == _run(job, stage, before) and record["added"] == sha256_file(folder / ADDED)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def _identity(job: Job, stage: Stage, before: str | None) -> dict[str, str]:
     """What the weights of a stage depend on, beside its own settings."""
-    identity = {**job.identity, "composition": "none" if before is None else _name_of(before)}
+    identity = {**job.identity, "composition": "none" if before is None else content_of(before)}
     if stage.data == "new_tasks":
         identity["new_tasks"] = _data(job, stage).digest
     return identity
-
-
-def _name_of(before: str) -> str:
-    """A folder's content by its digest; a hub id by itself."""
-    added = Path(before) / ADDED
-    return sha256_file(added) if added.is_file() else before
-
-
-def _run(job: Job, stage: Stage, before: str | None) -> str:
-    text = json.dumps([job.run, stage.name, _identity(job, stage, before)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _chosen(job: Job, stages: Sequence[Stage], only: str | None) -> tuple[Stage, ...]:
@@ -207,28 +180,31 @@ def _covered(job: Job, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 def _before(job: Job, stages: Sequence[Stage], stage: Stage) -> str | None:
-    """What a stage starts from: what the one before it left, if anything; for the first, the recipe's composition."""
+    """What a stage starts from: what the one before it left, if anything; for the first, the recipe's composition.
+
+    Raises ValueError where an earlier one stopped at a gate.
+    """
     covered = _covered(job, stages)
     place = covered.index(stage)
-    if place == 0:
+    for earlier in covered[:place]:
+        refuse_failed(job, earlier)
+    leaving = [one for one in covered[:place] if one.leaves]
+    if not leaving:
         _refuse_to_guess(job, stages[: stages.index(stage)], stage)
         return job.recipe.composition
-    folder = _folder(job, covered[place - 1])
-    return str(folder) if (folder / COMPOSITION).is_file() else None
+    if not has_left(job, leaving[-1].name):
+        return None
+    return str(folder_of(job, leaving[-1].name))
 
 
 def _refuse_to_guess(job: Job, earlier: Sequence[Stage], stage: Stage) -> None:
     """An earlier stage's composition that lies there is named, not taken: its settings go with it."""
-    found = [_folder(job, one) for one in earlier if (_folder(job, one) / COMPOSITION).is_file()]
+    found = [folder_of(job, one.name) for one in earlier if has_left(job, one.name)]
     if found and job.recipe.composition is None:
         raise ValueError(
             f"recipe.composition: missing; stage {stage.name} goes on from a trained one. Add `composition: "
             f"{found[-1]}` to the recipe (or --set composition={found[-1]})."
         )
-
-
-def _folder(job: Job, stage: Stage) -> Path:
-    return job.folder / stage.name / FOLDER
 
 
 def _data(job: Job, stage: Stage) -> Batches:
@@ -245,11 +221,16 @@ def _planned(job: Job, stages: Sequence[Stage], chosen: Sequence[Stage], load: L
     model = None if first is None else load(first, job.backbone)
     try:
         for stage in chosen:
-            model = _built(job, stage, model)
-            _refuse_unsaved(model, stage)
+            built = _built(job, stage, model)
+            settled = _resolved(stage, built)
+            _refuse_unsaved(built, settled)
             data = _data(job, stage)
-            known = tuple(getattr(model, "tasks", ()))
-            plans.append(plan(job, stage, model, data if stage.own_way else numbered(data, known)))
+            known = tuple(getattr(built, "tasks", ()))
+            plans.append(plan(job, settled, built, data if stage.own_way else numbered(data, known)))
+            if stage.leaves:
+                model = built
+            elif built is not model:
+                take_apart(built)
     finally:
         take_apart(model)
     return tuple(plans)
@@ -257,7 +238,9 @@ def _planned(job: Job, stages: Sequence[Stage], chosen: Sequence[Stage], load: L
 
 def _refuse_unsaved(model: ComposedModel, stage: Stage) -> None:
     """A stage that trains what `save_pretrained` does not write would lose it: an error of the method."""
-    kept = {tensor.data_ptr() for tensor in model.added_state().values()}
+    if not stage.leaves:
+        return
+    kept = {tensor.data_ptr() for tensor in model.kept_tensors()}
     for group in select_parameters(model, stage.groups):
         for name, parameter in group.items():
             assert parameter.data_ptr() in kept, f"stage {stage.name} trains {name}, which is not saved"

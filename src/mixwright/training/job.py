@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
 from mixwright.backbones.hf import provenance
+from mixwright.composition.model import ComposedModel
 from mixwright.config import encode
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Kind, Tokenizer
@@ -31,6 +32,8 @@ class Job:
     validation: Batches | None
     new_tasks: Mapping[str, TextTask] = field(default_factory=dict[str, TextTask])
     identity: Mapping[str, str]
+    load: Callable[[str], ComposedModel] | None = None
+    """Opens a composition that an earlier stage left, by its folder; where compositions are trained."""
 
     @property
     def run(self) -> str:
@@ -72,7 +75,10 @@ def open_job(recipe: Recipe, texts: Texts, backbone: nn.Module, tokenizer: Token
 
 
 def _kind(recipe: Recipe, backbone: nn.Module) -> Kind:
-    kind = recipe.backbone.kind if recipe.backbone.kind != "auto" else provenance(backbone)["kind"]
+    if isinstance(backbone, nn.ModuleList):
+        return "causal"  # several pretrained models are language models
+    named = recipe.sources()[0].kind
+    kind = named if named != "auto" else provenance(backbone)["kind"]
     if kind not in ("causal", "seq2seq", "encoder"):
         raise ValueError(f"recipe.backbone.kind: {kind}; training knows causal, seq2seq and encoder.")
     return kind

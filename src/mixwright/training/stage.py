@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixwright.data.collate import Batch
 from mixwright.training.fitted import Fitted
+from mixwright.training.gates import Findings
 from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
 
@@ -89,6 +90,21 @@ class Stage:
     `groups` are then the most that it trains. Such a stage keeps no checkpoints: cut off, it starts over."""
     finish: Callable[[Any, Job], None] | None = None
     """(model, job): what is done with the trained composition before it is saved."""
+    choose_groups: Callable[[nn.Module], tuple[ParamGroup, ...]] | None = None
+    """What learns, where that depends on the model that was built; then `groups` is not asked."""
+    prepare: Callable[[Any, Job, bool], Objective] | None = None
+    """(model, job, quiet) -> the objective, where it must see model and data before the first step."""
+    each_step: Callable[[Any, int], None] | None = None
+    """(model, step) before each update: what changes in time. A function of the step alone, so that a run that is
+    resumed goes on alike."""
+    examine: Callable[[Any, Job, bool], Findings] | None = None
+    """(model, job, quiet): what is measured of the trained composition, and the gates that it must pass."""
+    stops: bool = False
+    """Whether a gate that is not passed ends the run, or is warned of. Either way the stage is kept."""
+    proves_frozen: bool = False
+    """Whether digests before and after prove that no parameter outside the groups has changed by a bit."""
+    leaves: bool = True
+    """Whether it leaves a composition; one that only looks at the one before leaves its record."""
 
     @property
     def warmup_steps(self) -> int:

@@ -77,6 +77,8 @@ class Updater:
         set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
         tell_progress(self._following, step / self.stage.steps)
         self._enter_training()
+        if self.stage.each_step is not None:
+            self.stage.each_step(self.model, step)
         awake = self._members(lambda group: self._is_awake(group, step))
         for parameter in self.parameters.values():
             dense = parameter in awake and parameter not in self.tables
