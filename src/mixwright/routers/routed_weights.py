@@ -20,7 +20,7 @@ class RoutedMixtureWeights(AbstractRouter):
 
     f_t = rms_norm(mean of the stream's tokens 0..t). `prefix` 0: a choice for each token. Otherwise one for each
     sequence: the mean is of its first `prefix` real tokens, and tokens before that many are known have the static
-    weights, so that no token depends on a later one. Ours, after the sheet's h.3; every row shares f.
+    weights, so that no token depends on a later one. Not from the paper; every row shares f.
     """
 
     def __init__(self, static: MixtureWeights, width: int, prefix: int = 0) -> None:

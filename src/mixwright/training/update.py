@@ -97,10 +97,10 @@ class Updater:
 
     def consider(self, done: int) -> HeldOut | None:
         """After `done` steps, remember the weights if none before did better on held-out data; a tie is won."""
+        tell_progress(self._following, done / self.stage.steps)
         every = self.stage.choose_every
         if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
             return None
-        tell_progress(self._following, done / self.stage.steps)
         by_task = self.held_out_losses(self.validation)
         found = HeldOut(done, sum(by_task.values()) / len(by_task), by_task if self.validation.tasks else {})
         if self.best is None or math.isnan(self.best.loss) or found.loss <= self.best.loss:
@@ -189,7 +189,9 @@ class Updater:
 
     def _refuse_sleep(self) -> None:
         if self.stage.groups and not any(self._is_awake(group, 0) for group in self.stage.groups):
-            raise ValueError(f"stage {self.stage.name}: every group has a delay; one must learn from the first step on.")
+            raise ValueError(
+                f"stage {self.stage.name}: every group has a delay; one must learn from the first step on."
+            )
 
     def _is_awake(self, group: ParamGroup, step: int) -> bool:
         return group.is_awake(step, self.stage.steps)
