@@ -39,9 +39,7 @@ class RoutedMixtureWeights(AbstractRouter):
         self.static.set(weights)
 
     def forward(self, x: Tensor, condition: Condition) -> Routing:
-        """A choice for each token; at the embedding, whose input is no stream yet, one for the whole model."""
-        if not x.is_floating_point():
-            return self.static(x, condition)
+        """A choice for each token. Not at the embedding, where there is no stream to look at yet."""
         feature = self._feature(x, condition)
         cpu, ids = self.static.live()
         if len(cpu) == 1:
