@@ -25,10 +25,16 @@ class ManticoreConfig:
     """Mixture weights of embedding and head: rows of their own, or block 0's for both, as in the paper."""
     weights: Literal["static", "sequence", "token"] = "static"
     """Mixture weights that do not vary (the paper), or that depend on the input, per sequence or per token (ours)."""
+    prefix: Count = 16
+    """Tokens after which a sequence has its own mixture weights, with weights=sequence; until then it has the static
+    ones."""
     names: tuple[str, ...] | None = None
     """Names of the components, in order; None: the last part of their paths."""
     mixture_weights: tuple[tuple[float, ...], ...] | None = None
     """K rows of mixture weights to start from, or to keep where nothing is searched; None: uniform."""
+    licences: dict[str, str] | None = None
+    """SPDX id or expression of a component's licence, by its name, where its folder does not say it or says it wrong.
+    Composing and running ask for none; a hybrid with a component whose licence is unknown is not saved."""
     seed: Annotated[int, Ge(0)] = 0
     """Where the projectors' initial values start."""
     search: Literal["darts", "alternating", "bilevel", "gaea", "gumbel", "drnas", "grid", "halving"] = "darts"
