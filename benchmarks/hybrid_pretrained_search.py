@@ -1,26 +1,30 @@
 """Searches for mixture weights over one supernet, in a plain loop: what differs between them is a few lines each.
 
 Losses are of the training part; `bilevel` takes the mixture weights' gradient on the search part. All start from
-uniform weights, which are held for the first tenth of the steps.
+uniform weights, which are held for the first tenth of the steps. Draws and the exponentiated gradient are the
+toolkit's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.hybrid_pretrained_pair import loss_of
 from benchmarks.hybrid_pretrained_training import Spent, Windows, train
+from mixwright.routers.mixture_weights import Draw, MixtureWeights
+from mixwright.training.exponentiated_gradient import ExponentiatedGradient, plain_rows
 
 Search = Literal["darts", "alternating", "bilevel", "gaea", "gumbel", "drnas"]
 SEARCHES: tuple[Search, ...] = ("darts", "alternating", "bilevel", "gaea", "gumbel", "drnas")
-RATE, ETA, FLOOR, WARMUP = 0.05, 0.1, 1e-5, 0.1
+RATE, ETA, WARMUP = 0.05, 0.1, 0.1
+_DRAWS: Mapping[str, Draw] = {"gumbel": "gumbel", "drnas": "dirichlet"}
 
 
 def rows_of(model: Any) -> list[nn.Parameter]:
-    """The mixture logits of a hybrid, each once."""
-    return list({id(p): p for n, p in model.named_parameters() if n.endswith("router.logits")}.values())
+    """The mixture logits of a hybrid, the static part where they depend on the input; each once."""
+    return [module.logits for module in model.modules() if isinstance(module, MixtureWeights)]
 
 
 def search(
@@ -35,26 +39,22 @@ def search(
 ) -> list[list[list[float]]]:
     """Train `trained` and the mixture weights together; the block rows after each step."""
     rows = rows_of(model)
-    routers = [m for m in model.modules() if hasattr(m, "logits") and hasattr(m, "allowed")]
+    routers = [module for module in model.modules() if isinstance(module, MixtureWeights)]
     for router in routers:
-        router.draw = {"gumbel": "gumbel", "drnas": "dirichlet"}.get(kind, "none")
-    adam = torch.optim.Adam(rows, lr=RATE)
+        router.draw = _DRAWS.get(kind, "none")
+    eg = ExponentiatedGradient([{"params": rows, "lr": ETA}], plain_rows(model)) if kind == "gaea" else None
+    learns = eg or torch.optim.Adam(rows, lr=RATE)
     path: list[list[list[float]]] = []
 
     def update(step: int) -> None:
         if step < WARMUP * steps:
             path.append(model.mixture_weights.tolist())
             return
-        if kind == "alternating" and step % 2 == 0:
-            pass
-        elif kind == "gaea":
-            _exponentiated(rows)
-        else:
-            if kind == "bilevel":
-                grads = torch.autograd.grad(loss_of(model, held_out(step)), rows)
-                for row, grad in zip(rows, grads, strict=True):
-                    row.grad = grad
-            adam.step()
+        if kind == "bilevel":
+            for row, grad in zip(rows, torch.autograd.grad(loss_of(model, held_out(step)), rows), strict=True):
+                row.grad = grad
+        if kind != "alternating" or step % 2:
+            learns.step()
         for row in rows:
             row.grad = None
         if kind == "alternating" and step % 2:
@@ -66,13 +66,3 @@ def search(
     for router in routers:
         router.draw = "none"
     return path
-
-
-@torch.no_grad()
-def _exponentiated(rows: Sequence[nn.Parameter]) -> None:
-    """alpha <- alpha exp(-eta g) / Z, with g the gradient by alpha: that by the logits over alpha, up to a constant."""
-    for row in rows:
-        alpha: Tensor = row.softmax(-1)
-        assert row.grad is not None
-        moved = (row - ETA * row.grad / alpha).softmax(-1).clamp_min(FLOOR)
-        row.copy_((moved / moved.sum()).log())

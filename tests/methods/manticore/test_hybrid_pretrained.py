@@ -11,6 +11,8 @@ import torch
 
 from mixwright.backbones.hf import bpe_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
+from mixwright.routers.mixture_weights import MixtureWeights
+from mixwright.routing import Condition
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="a source distribution has no benchmarks")
@@ -123,27 +125,21 @@ def right(step: int) -> torch.Tensor:
     return torch.ones(2, 9, dtype=torch.long)
 
 
-class Row(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits, self.draw = torch.nn.Parameter(torch.zeros(2)), "none"
-        self.register_buffer("allowed", torch.ones(2, dtype=torch.bool))
-
-
 class Choice(torch.nn.Module):
     """logits = alpha . ((0, 4), (4, 0)) + bias."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.router, self.bias = Row(), torch.nn.Parameter(torch.zeros(2))
+        self.router, self.bias = MixtureWeights(2), torch.nn.Parameter(torch.zeros(2))
 
     @property
     def mixture_weights(self) -> torch.Tensor:
-        return self.router.logits.detach().softmax(-1)[None]
+        return self.router.weights().detach()[None]
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
         del use_cache
-        logits = self.router.logits.softmax(-1) @ torch.tensor([[0.0, 4.0], [4.0, 0.0]]) + self.bias
+        weights = self.router(torch.zeros(0), Condition()).weights
+        logits = weights @ torch.tensor([[0.0, 4.0], [4.0, 0.0]]) + self.bias
         return SimpleNamespace(logits=logits.expand(*input_ids.shape, 2))
 
 
