@@ -27,6 +27,7 @@ from mixwright.routers.routed_weights import RoutedMixtureWeights
 if TYPE_CHECKING:
     from mixwright.backbones.hybrid import HybridBackbone
     from mixwright.catalog.store import Catalog
+    from mixwright.methods.manticore.cost import Cost
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -105,6 +106,12 @@ class HybridModel(ComposedModel):
         small = self.pruned()
         small.save_pretrained(folder)
         return small
+
+    def cost(self, tokens: int = 64) -> "Cost":
+        """Numbers, operations per token, memory, and what decoding keeps, counted over a text of so many tokens."""
+        from mixwright.methods.manticore.cost import cost
+
+        return cost(self, tokens)
 
     def kept_tensors(self) -> list[Tensor]:
         """Components are saved too, where training changed them."""
