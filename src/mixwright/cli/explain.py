@@ -89,9 +89,8 @@ def explain(
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
     from mixwright.evaluation.explain import explain as explained
-    from mixwright.evaluation.neuron_text import retrieves_neurons
-
     from mixwright.evaluation.hybrid_rows import mixes_models
+    from mixwright.evaluation.neuron_text import retrieves_neurons
 
     model, tokenizer = opened(composition, backbone)
     if mixes_models(model):

@@ -81,7 +81,8 @@ def _licences(ledger: "Ledger") -> list[dict[str, Any]]:
 
 
 def _obligations(ledger: "Ledger") -> list[str]:
-    from mixwright.composition.ledger import NOT_LEGAL_ADVICE, WORDS
+    from mixwright.catalog.licence_terms import WORDS
+    from mixwright.catalog.licences import NOT_LEGAL_ADVICE
 
     said = [f"Together: {ledger.expression.spdx}."]
     for duty in ledger.duties:

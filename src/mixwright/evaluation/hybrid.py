@@ -119,9 +119,9 @@ def explain_hybrid(
     """Measure what can be measured with what is given: texts for losses, folders of runs for trajectories.
 
     `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark)
-    stands in place of what is counted here. `licences` are shown as they are given; so are `verdicts`, comparisons that were made elsewhere, at equal tokens or
-    FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises ValueError for a model whose experts
-    are not parts of whole models, and what `trajectories` raises.
+    stands in place of what is counted here. `licences` are shown as they are given; so are `verdicts`, comparisons that
+    were made elsewhere, at equal tokens or FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises
+    ValueError for a model whose experts are not parts of whole models, and what `trajectories` raises.
     """
     if not mixes_models(model):
         raise ValueError("this model is no hybrid of whole models, whose experts are embeddings, runs and heads.")
