@@ -19,6 +19,7 @@ from mixwright.evaluation.quality import measure_quality
 from mixwright.evaluation.systems import members
 from mixwright.evaluation.table import Table
 from mixwright.evaluation.tasks import chosen_systems, default_systems, file_tasks
+from mixwright.methods.base import Method
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.compositions import check_composition, train_composition, with_task_names
@@ -31,21 +32,25 @@ from mixwright.training.sources import read_texts
 
 def compose(
     method: str,
-    backbone: nn.Module | str | Path,
+    backbone: nn.Module | str | Path | None = None,
     *,
+    backbones: Sequence[nn.Module | str | Path] | None = None,
     catalog: Catalog | str | Path | None = None,
     **config: Any,
 ) -> ComposedModel:
     """One model by a method's name, out of a backbone (a model, a folder or a hub id) and a catalogue's active experts.
+
+    `backbones`: several, for a method that composes them.
 
     `config` are fields of the method's config dataclass; an unknown one is refused with the nearest name. The backbone
     is frozen and gets its mixtures in place; `model.remove()` gives it back as it was.
     """
     card = load_method(method)
     settings = configuration.decode(card.config, config, where=f"{method} config")
-    model = backbone if isinstance(backbone, nn.Module) else load_backbone(str(backbone))
+    given = _backbones(card, backbone, backbones)
+    models = [model if isinstance(model, nn.Module) else load_backbone(str(model)) for model in given]
     shelf = Catalog(catalog) if isinstance(catalog, str | Path) else catalog
-    return card.compose(settings, [model], shelf)
+    return card.compose(settings, models, shelf)
 
 
 def train(
@@ -74,16 +79,20 @@ def train(
         settings = with_task_names(_with_stored_config(settings), card.config)
     stages = card.stages(configuration.decode(card.config, settings.config, where="recipe.config"))
     (check_composition if card.trains == "composition" else check_expert)(settings)
+    sources = settings.sources(card.backbones)
     texts = read_texts(settings.data)
-    source = settings.backbone
-    backbone = load_backbone(
-        source.path,
-        revision=source.revision,
-        dtype=source.dtype,
-        kind=source.kind,
-        device_map=source.device_map,
-    )
-    tokenizer = load_tokenizer(source.path, revision=source.revision)
+    loaded = [
+        load_backbone(
+            source.path,
+            revision=source.revision,
+            dtype=source.dtype,
+            kind=source.kind,
+            device_map=source.device_map,
+        )
+        for source in sources
+    ]
+    backbone = loaded[0] if card.backbones == "one" else nn.ModuleList(loaded)
+    tokenizer = load_tokenizer(sources[0].path, revision=sources[0].revision)
     job = open_job(settings, texts, backbone, tokenizer)
     request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
     if card.trains == "composition":
@@ -238,6 +247,17 @@ def sign(
     signatures = signature_of(base, data, list(shelf.card(expert).sites))
     shelf.attach(expert, signatures=signatures)
     return len(signatures)
+
+
+def _backbones(card: Method, one: Any, several: Sequence[Any] | None) -> Sequence[Any]:
+    """What is composed. Raises ValueError where it is not as many as the method takes."""
+    if card.backbones == "several":
+        if several is None or isinstance(several, str | Path | nn.Module) or one is not None:
+            raise ValueError(f"{card.name} composes several models: compose({card.name!r}, backbones=[first, second]).")
+        return several
+    if several is not None or one is None:
+        raise ValueError(f"{card.name} composes one model: compose({card.name!r}, backbone=...).")
+    return [one]
 
 
 def _tokenizer(model: ComposedModel) -> Any:

@@ -118,8 +118,10 @@ class TrainConfig:
 class Recipe:
     """One YAML file that every verb reads."""
 
-    backbone: BackboneConfig
+    backbone: BackboneConfig | None = None
     """The frozen pretrained model."""
+    backbones: tuple[BackboneConfig, ...] = ()
+    """Several pretrained models, for methods that compose them; in place of `backbone`."""
     method: str = "phatgoose"
     """How experts are composed: a name that `mixwright methods` prints."""
     catalog: str | None = None
@@ -138,6 +140,19 @@ class Recipe:
     """How training runs."""
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     """The method's own settings, decoded strictly by the method."""
+
+    def sources(self, wanted: Literal["one", "several"] = "one") -> tuple[BackboneConfig, ...]:
+        """The pretrained models that it names. Raises ValueError where there are not as many as its method takes."""
+        if wanted == "one":
+            if self.backbones:
+                raise ValueError(f"recipe.backbones: {self.method} composes one model; name it under `backbone`.")
+            if self.backbone is None:
+                raise ValueError("recipe.backbone: missing; expected a folder or a hub id.")
+            return (self.backbone,)
+        if self.backbone is not None or len(self.backbones) < 2:
+            given = "`backbone`" if self.backbone is not None else f"{len(self.backbones)}"
+            raise ValueError(f"recipe.backbones: {given} given; {self.method} composes a list of two models or more.")
+        return self.backbones
 
 
 def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:

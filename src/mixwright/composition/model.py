@@ -243,6 +243,10 @@ class ComposedModel(nn.Module):
         held = {name: self._allowed.get(name, tensor).to(tensor.device) for name, tensor in state.items()}
         return held | {f"whole.{name}": tensor for name, tensor in self.whole.items()}
 
+    def kept_tensors(self) -> list[Tensor]:
+        """What `save_pretrained` writes, so that it may be trained."""
+        return list(self.added_state().values())
+
     def num_added_parameters(self) -> int:
         """Numbers in the added state: factors, gates, scales, masks."""
         return sum(tensor.numel() for tensor in self.added_state().values())

@@ -240,7 +240,7 @@ def _refuse_unsaved(model: ComposedModel, stage: Stage) -> None:
     """A stage that trains what `save_pretrained` does not write would lose it: an error of the method."""
     if not stage.leaves:
         return
-    kept = {tensor.data_ptr() for tensor in model.added_state().values()}
+    kept = {tensor.data_ptr() for tensor in model.kept_tensors()}
     for group in select_parameters(model, stage.groups):
         for name, parameter in group.items():
             assert parameter.data_ptr() in kept, f"stage {stage.name} trains {name}, which is not saved"

@@ -149,7 +149,7 @@ def _publish(job: Job, shelf: Shelf, stage: Stage, trained: Trained, fitted: Fit
         {path: LoraFactors(*factor) for path, factor in trained.factors.items()},
         peft_config={
             "task_type": _TASK_TYPES[job.kind],
-            "base_model_name_or_path": provenance(job.backbone)["path"] or job.recipe.backbone.path,
+            "base_model_name_or_path": provenance(job.backbone)["path"] or job.recipe.sources()[0].path,
             "fan_in_fan_out": shelf.transposed,
         },
         gates=trained.gates,

@@ -75,7 +75,10 @@ def open_job(recipe: Recipe, texts: Texts, backbone: nn.Module, tokenizer: Token
 
 
 def _kind(recipe: Recipe, backbone: nn.Module) -> Kind:
-    kind = recipe.backbone.kind if recipe.backbone.kind != "auto" else provenance(backbone)["kind"]
+    if isinstance(backbone, nn.ModuleList):
+        return "causal"  # several pretrained models are language models
+    named = recipe.sources()[0].kind
+    kind = named if named != "auto" else provenance(backbone)["kind"]
     if kind not in ("causal", "seq2seq", "encoder"):
         raise ValueError(f"recipe.backbone.kind: {kind}; training knows causal, seq2seq and encoder.")
     return kind

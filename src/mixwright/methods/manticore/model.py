@@ -1,0 +1,162 @@
+"""Hybrids of Manticore: components of different architectures between projectors, mixed by weights per block."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.backbones.hf import provenance
+from mixwright.composition.mixture import Mixture
+from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.probe import Probe, Seen
+from mixwright.experts.base import AbstractExperts
+from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
+from mixwright.methods.manticore.config import METHOD, ManticoreConfig
+from mixwright.ops.digest import fingerprint
+from mixwright.routers.mixture_weights import MixtureWeights
+
+if TYPE_CHECKING:
+    from mixwright.backbones.hybrid import HybridBackbone
+    from mixwright.catalog.store import Catalog
+
+EMBEDDING, HEAD = "embedding", "head"
+
+
+class HybridModel(ComposedModel):
+    """A composed model whose experts are components: whole language models, cut into blocks."""
+
+    backbone: "HybridBackbone"
+
+    @property
+    def components(self) -> tuple[nn.Module, ...]:
+        """The component models, in the order of `experts`, their names."""
+        return tuple(self.backbone.components)
+
+    @property
+    def mixture_weights(self) -> Float[Tensor, "blocks models"]:
+        """alpha of every block. Setting them sets the embedding's to the first row and the head's to the last."""
+        return torch.stack([self.row(slot).weights().detach() for slot in self._blocks()])
+
+    @mixture_weights.setter
+    def mixture_weights(self, weights: Any) -> None:
+        rows = torch.as_tensor(weights, dtype=torch.float64)
+        if rows.shape != (self.backbone.num_blocks, len(self.experts)):
+            raise ValueError(
+                f"mixture_weights of shape {tuple(rows.shape)}: expected {self.backbone.num_blocks} blocks x "
+                f"{len(self.experts)} components ({', '.join(self.experts)})."
+            )
+        for slot, row in zip((EMBEDDING, *self._blocks(), HEAD), (rows[0], *rows, rows[-1])):
+            self.row(slot).set(row)
+
+    @property
+    def embedding_weights(self) -> Float[Tensor, " models"]:
+        """alpha of the embedding."""
+        return self.row(EMBEDDING).weights().detach()
+
+    @embedding_weights.setter
+    def embedding_weights(self, weights: Any) -> None:
+        self.row(EMBEDDING).set(torch.as_tensor(weights))
+
+    @property
+    def head_weights(self) -> Float[Tensor, " models"]:
+        """alpha of the head."""
+        return self.row(HEAD).weights().detach()
+
+    @head_weights.setter
+    def head_weights(self, weights: Any) -> None:
+        self.row(HEAD).set(torch.as_tensor(weights))
+
+    def row(self, slot: str) -> MixtureWeights:
+        """The mixture weights of a slot: `embedding`, `blocks.0` and so on, `head`."""
+        router = self.mixtures[slot].router
+        assert isinstance(router, MixtureWeights)
+        return router
+
+    def kept_tensors(self) -> list[Tensor]:
+        """Components are saved too, where training changed them."""
+        return [*super().kept_tensors(), *self.backbone.components.parameters()]
+
+    def _blocks(self) -> tuple[str, ...]:
+        return tuple(f"blocks.{k}" for k in range(self.backbone.num_blocks))
+
+
+def compose(config: ManticoreConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> HybridModel:
+    """A hybrid of `backbones`, causal language models; nothing of them is changed. It needs no catalogue.
+
+    Raises ValueError for fewer than two, and IncompatibleExpert for what can't be cut into blocks or mixed.
+    """
+    from mixwright.backbones.hybrid import HybridBackbone
+
+    if catalog is not None:
+        raise ValueError("manticore composes whole models and reads no catalogue; leave catalog out.")
+    if len(backbones) < 2:
+        raise ValueError(f"backbones: {len(backbones)} given; a hybrid has two components or more.")
+    hybrid = HybridBackbone(backbones, config.num_blocks, names_of(config, backbones))
+    model = _assembled(config, hybrid)
+    if config.mixture_weights is not None:
+        model.mixture_weights = config.mixture_weights
+    return model
+
+
+def names_of(config: ManticoreConfig, backbones: Sequence[nn.Module]) -> tuple[str, ...]:
+    """The components' names: as given, or the last part of their paths, or their model types; never twice the same."""
+    if config.names is not None:
+        if len(config.names) != len(backbones) or len(set(config.names)) != len(backbones):
+            raise ValueError(f"config.names: {config.names}; expected {len(backbones)} different names.")
+        return config.names
+    found: list[str] = []
+    for backbone in backbones:
+        settings: Any = getattr(backbone, "config", None)
+        name = PurePath(provenance(backbone)["path"]).name or str(getattr(settings, "model_type", "component"))
+        count = sum(other.rpartition("-")[0] == name or other == name for other in found)
+        found.append(f"{name}-{count + 1}" if count else name)
+    return tuple(found)
+
+
+def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel:
+    models, slots = len(hybrid.names), {path: hybrid.get_submodule(path) for path in slots_of(hybrid)}
+    shared = MixtureWeights(models) if config.rows == "block" else None
+    mixtures: dict[str, Mixture] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for path, slot in slots.items():
+            run: Any = slot.run
+            experts: AbstractExperts
+            if path == EMBEDDING:
+                experts = EmbeddingExperts(run, hybrid.widths)
+            elif path == HEAD:
+                experts = HeadExperts(run, hybrid.widths)
+            else:
+                experts = BlockExperts(run, hybrid.widths, config.projectors)
+            paper_row = path in (EMBEDDING, "blocks.0", HEAD)
+            router = shared if shared is not None and paper_row else MixtureWeights(models)
+            mixtures[path] = Mixture(None, router, experts)
+    described = Composition(
+        method=METHOD.name,
+        config=asdict(config),
+        backbone={"kind": "causal", "architecture": "Hybrid"},
+        experts=[_entry(name, component) for name, component in zip(hybrid.names, hybrid.components)],
+        citation=METHOD.paper.bibtex,
+    )
+    seen = Probe({path: Seen(order, "decoder", order) for order, path in enumerate(slots)}, ran=True)
+    return HybridModel(hybrid, mixtures, hybrid.names, described, seen)
+
+
+def slots_of(hybrid: "HybridBackbone") -> tuple[str, ...]:
+    """Paths of the slots, in the order of the pass."""
+    return (EMBEDDING, *(f"blocks.{k}" for k in range(hybrid.num_blocks)), HEAD)
+
+
+def copies(components: Sequence[nn.Module]) -> list[nn.Module]:
+    """The components again, to be trained: those of the caller stay as they are."""
+    return [copy.deepcopy(component) for component in components]
+
+
+def _entry(name: str, component: nn.Module) -> dict[str, Any]:
+    known = provenance(component)
+    return {"id": name, "backbone": {**known, "fingerprint": fingerprint(component)}}
