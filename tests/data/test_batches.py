@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from mixwright.backbones.hf import byte_tokenizer
 from mixwright.data.batches import Batches, make_batches, pack
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.data.order import Order
-from mixwright.data.tasks import Example, TextTask
+from mixwright.data.tasks import Example, TextTask, read_task
 
 END = 1
 
@@ -85,6 +87,40 @@ def test_packing_keeps_every_token_in_order(documents: list[list[int]], length: 
     joined = [token for row in rows for token in row]
     assert stream[: len(joined)] == joined and len(stream) - len(joined) <= 1  # one last token alone predicts nothing
     assert all(len(row) == length for row in rows[:-1])
+
+
+SENTENCE = "The hybrid reads, letter by letter,  what stood in the file: \u00fc\u4e16 {x}.\n"
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "hub"])
+def test_a_decoded_batch_contains_the_original_sentence(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing is joined, split or spaced out on the way, whatever the text came in."""
+    source = tmp_path / f"text.{kind}"
+    if kind == "hub":
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_dict({"text": ["Before it.", SENTENCE]})
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    elif kind == "txt":
+        source.write_text(f"Before it.\n{SENTENCE}After it.\n", encoding="utf-8")
+    else:
+        source.write_text("\n".join(json.dumps({"text": text}) for text in ("Before it.", SENTENCE)))
+    task = read_task("someone/texts" if kind == "hub" else source)
+    tokenizer = words(SENTENCE)
+    for one in (byte_tokenizer(), tokenizer):
+        rows = make_batches(task, one, "causal", batch_size=1, seed=0, max_length=1024)
+        ids = [batch.inputs["input_ids"][0] for batch in (rows.take(part) for part in rows.in_order())]
+        assert SENTENCE in one.decode(torch.cat(ids).tolist())
+    assert len(tokenizer(SENTENCE)["input_ids"]) < 40  # and its pieces are longer than a letter
+
+
+def words(text: str) -> Any:
+    """A byte-level BPE tokenizer trained on `text`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([text] * 8, vocab_size=320, min_frequency=1, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>")
 
 
 def test_packed_text_counts_every_token_but_the_first_of_a_row() -> None:

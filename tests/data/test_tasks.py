@@ -94,6 +94,29 @@ def test_a_hub_data_set_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch
     assert task.labels == ("bad", "good") and [e.label for e in task.examples] == [1, 0] and task.name == "mood"
 
 
+def test_of_a_configuration_of_a_hub_data_set_blank_rows_of_plain_text_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ["", " = Title = \n", " \n", "A sentence ."]})
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table)
+    task = read_task("someone/wiki:raw-v1#test")
+    assert asked == [("someone/wiki", "raw-v1", "test")]
+    assert [(e.text, e.where[-1]) for e in task.examples] == [(" = Title = \n", "1"), ("A sentence .", "3")]
+
+
+def test_a_folder_of_plain_text_has_splits_too(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(f"the {name} text\n")
+    read = [read_task(tmp_path, split=split) for split in ("train", "validation")]
+    assert [task.examples[0].text for task in read] == ["the train text\n", "the valid text\n"]
+    with pytest.raises(ValueError, match=r"no test.jsonl; the folder holds train.txt, valid.txt"):
+        read_task(tmp_path, split="test")
+    write(tmp_path / "train.jsonl", {"text": "rows come first"})
+    assert read_task(tmp_path).examples[0].text == "rows come first"
+
+
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5))
 def test_any_text_survives_the_file(texts: list[str]) -> None:
     import tempfile

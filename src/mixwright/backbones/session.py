@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import greenlet
 from torch import Tensor, nn
 
 
@@ -15,8 +14,11 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, stops: Sequence[nn.Module], inputs: dict[str, Any]) -> None:
-        self._body = greenlet.greenlet(lambda: model(**inputs))
-        self._main = greenlet.getcurrent()
+        import greenlet
+
+        self._greenlet: Any = greenlet
+        self._body: Any = greenlet.greenlet(lambda: model(**inputs))
+        self._main: Any = greenlet.getcurrent()
         self._hooks = [module.register_forward_pre_hook(self._stop, with_kwargs=True) for module in stops]
 
     def start(self) -> Tensor:
@@ -32,10 +34,10 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         if not self._body.dead:
-            self._body.throw(greenlet.GreenletExit)
+            self._body.throw(self._greenlet.GreenletExit)
 
     def _stop(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if greenlet.getcurrent() is not self._body:
+        if self._greenlet.getcurrent() is not self._body:
             return None
         if args:
             hidden = self._main.switch(args[0])

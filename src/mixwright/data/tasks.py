@@ -58,9 +58,10 @@ def read_task(
 ) -> TextTask:
     """The examples of a `.jsonl` or `.txt` file, a folder of splits, several of these, or a hub data set.
 
-    A folder holds `<split>.jsonl` and may hold `task.json` with `labels`, the label texts in order. What is no path on
-    this machine is taken for a hub id, `owner/name` with an optional `#split`. Labels in rows are numbers, or texts out
-    of `labels`; without `labels` anywhere, the texts that occur, sorted.
+    A `.txt` file is one document of plain text. A folder holds `<split>.jsonl`, or `<split>.txt`, and may hold
+    `task.json` with `labels`, the label texts in order. What is no path on this machine is taken for a hub id,
+    `owner/name` with an optional `:configuration` and `#split`; of its plain text, blank rows are left out. Labels in
+    rows are numbers, or texts out of `labels`; without `labels` anywhere, the texts that occur, sorted.
 
     Raises:
         ValueError: a file is missing or empty, or a row is not what its format says; names file and line.
@@ -109,11 +110,9 @@ def _task(name: str, rows: Sequence[Row], format: Format | Literal["auto"], name
 def _rows(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
     path = Path(source)
     if path.is_dir():
-        return _lines(_split_file(path, split)), _folder_labels(path)
-    if path.suffix == ".txt" and path.is_file():
-        return [(str(path), {"text": path.read_text(encoding="utf-8")})], ()
+        return _file(_split_file(path, split)), _folder_labels(path)
     if path.is_file():
-        return _lines(path), ()
+        return _file(path), ()
     if (
         path.suffix in {".jsonl", ".json", ".txt"}
         or path.is_absolute()
@@ -126,13 +125,17 @@ def _rows(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
     return _hub(source, split)
 
 
+def _file(path: Path) -> Iterable[Row]:
+    return [(str(path), {"text": path.read_text(encoding="utf-8")})] if path.suffix == ".txt" else _lines(path)
+
+
 def _split_file(folder: Path, split: str) -> Path:
-    names = [f"{name}.jsonl" for name in SPLIT_FILES[split]]
+    names = [f"{name}{suffix}" for suffix in (".jsonl", ".txt") for name in SPLIT_FILES[split]]
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    there = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
-    raise ValueError(f"{folder}: no {names[0]}; the folder holds {there}. Name the file itself.")
+    there = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in (".jsonl", ".txt")))
+    raise ValueError(f"{folder}: no {names[0]}; the folder holds {there or 'no .jsonl file'}. Name the file itself.")
 
 
 def _folder_labels(folder: Path) -> tuple[str, ...]:
@@ -168,10 +171,14 @@ def _hub(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingExtra("data", f"{source!r} is no file here; reading it as a hub data set") from None
-    name, _, part = source.partition("#")
-    table = cast(Any, datasets).load_dataset(name, split=part or split)
+    whole, _, part = source.partition("#")
+    name, _, configuration = whole.partition(":")
+    chosen = [configuration] if configuration else []
+    table = cast(Any, datasets).load_dataset(name, *chosen, split=part or split)
     names = getattr(table.features.get("label"), "names", None) or ()
-    return ((f"{source}:{number}", row) for number, row in enumerate(table)), tuple(names)
+    plain = "text" in table.features and "label" not in table.features
+    rows = ((f"{source}:{number}", row) for number, row in enumerate(table))
+    return ((where, row) for where, row in rows if not plain or row["text"].strip()), tuple(names)
 
 
 def _take(rows: Iterable[Row], limit: int | None) -> Iterator[Row]:

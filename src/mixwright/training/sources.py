@@ -94,4 +94,5 @@ def _read(data: DataConfig, split: Split, source: Source, like: TextTask | None)
 def _has_validation(source: Source) -> bool:
     """Whether every part of a task's source is a folder with a validation split."""
     parts = [Path(part) for part in ([source] if isinstance(source, str) else source)]
-    return all(any((part / f"{name}.jsonl").is_file() for name in SPLIT_FILES["validation"]) for part in parts)
+    names = [f"{name}{suffix}" for name in SPLIT_FILES["validation"] for suffix in (".jsonl", ".txt")]
+    return all(any((part / name).is_file() for name in names) for part in parts)
