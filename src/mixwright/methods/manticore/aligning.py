@@ -1,0 +1,71 @@
+"""Stage *align*: projectors learn to translate while components stand still; whether what these say can be kept."""
+
+from pathlib import Path
+
+from torch import nn
+
+from mixwright.data.batches import Batches
+from mixwright.methods.manticore.cached_align import CachedAlign, Store, bytes_needed, tokens_of
+from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.parameters import LEAVE, PROJECTORS, WEIGHTS, present
+from mixwright.training.job import Job
+from mixwright.training.objectives import supervised
+from mixwright.training.stage import Objective, ParamGroup
+
+
+def align_groups(model: nn.Module, config: ManticoreConfig, trained: tuple[str, ...] = ()) -> tuple[ParamGroup, ...]:
+    """The projectors, and `trained`, such as new embeddings; the mixture weights too where the config says so."""
+    assert isinstance(model, HybridModel)
+    select = present(model, (*((LEAVE,) if config.align == "output" else PROJECTORS), *trained))
+    if not select:
+        raise ValueError("config.projectors: none, so that there is nothing to align; set config.align_steps: 0.")
+    groups = [ParamGroup(select=select, lr=config.align_learning_rate, name="projectors")]
+    if config.align_weights:
+        rate = config.weights_learning_rate or 0.01
+        groups.append(
+            ParamGroup(select=present(model, WEIGHTS), lr=rate, weight_decay=0.0, clip=False, name="mixture weights")
+        )
+    return tuple(groups)
+
+
+def why_not_cached(config: ManticoreConfig) -> str | None:
+    """Why nothing can be kept under these settings; None where something can."""
+    reasons = {
+        "config.align=full: the input projectors learn, and change what components read": config.align != "output",
+        f"config.num_blocks={config.num_blocks}: later blocks read what learning projectors wrote": config.num_blocks > 1,
+        "config.align_weights: mixture weights change what components read": config.align_weights,
+        f"config.weights={config.weights}: mixture weights are worked out in a pass": config.weights != "static",
+        "config.projectors=none": config.projectors == "none",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def align_objective(model: HybridModel, job: Job, config: ManticoreConfig, *, quiet: bool) -> Objective:
+    """From kept activations where the config asks for it and they fit, else by running the components in each step.
+
+    Raises ValueError where they are asked for by name and can't be kept.
+    """
+    assert job.data is not None
+    asked, reason = config.align_cache, why_not_cached(config)
+    if asked == "off" or (asked == "auto" and reason is not None):
+        return supervised
+    if reason is not None:
+        raise ValueError(f"config.align_cache={asked}: {reason}; set it to auto or off.")
+    data: list[Batches] = [job.data, *([] if job.validation is None else [job.validation])]
+    train = job.recipe.train
+    if asked == "auto" and config.align_steps * train.batch_size * train.accumulate < 2 * len(job.data):
+        return supervised  # most examples would be met once: nothing to gain
+    tokens = tokens_of(data)
+    needed = bytes_needed(model, tokens)
+    if needed > config.align_cache_gib * 2**30:
+        if asked == "auto":
+            return supervised
+        raise ValueError(
+            f"config.align_cache_gib={config.align_cache_gib:g}: what the components say about {tokens} tokens takes "
+            f"{needed / 2**30:.1f} GiB; allow that much, take less text, or set align_cache: off."
+        )
+    folder: Path | None = job.folder / "align" if asked == "disk" else None
+    widths = dict(enumerate(model.backbone.widths))
+    store = Store(widths, tokens, next(model.parameters()).dtype, folder)
+    return CachedAlign(model, data, store, quiet=quiet)
