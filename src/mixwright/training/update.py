@@ -77,8 +77,6 @@ class Updater:
         set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
         tell_progress(self._following, step / self.stage.steps)
         self._enter_training()
-        if self.stage.each_step is not None:
-            self.stage.each_step(self.model, step)
         awake = self._members(lambda group: self._is_awake(group, step))
         for parameter in self.parameters.values():
             dense = parameter in awake and parameter not in self.tables
@@ -189,7 +187,9 @@ class Updater:
 
     def _refuse_sleep(self) -> None:
         if self.stage.groups and not any(self._is_awake(group, 0) for group in self.stage.groups):
-            raise ValueError(f"stage {self.stage.name}: every group has a delay; one must learn from the first step on.")
+            raise ValueError(
+                f"stage {self.stage.name}: every group has a delay; one must learn from the first step on."
+            )
 
     def _is_awake(self, group: ParamGroup, step: int) -> bool:
         return group.is_awake(step, self.stage.steps)

@@ -4,14 +4,52 @@ from pathlib import Path
 
 from torch import nn
 
+from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import Batches
 from mixwright.methods.manticore.cached_align import CachedAlign, Store, bytes_needed, tokens_of
 from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.gates import align_gates
+from mixwright.methods.manticore.losses import reference
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.noting import Notes, training_settings
 from mixwright.methods.manticore.parameters import LEAVE, PROJECTORS, WEIGHTS, present
+from mixwright.methods.manticore.rewinding import on_copies
+from mixwright.methods.manticore.starting import fresh, pretrained_of, under
+from mixwright.training.gates import Findings
 from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
-from mixwright.training.stage import Objective, ParamGroup
+from mixwright.training.stage import Objective, ParamGroup, Stage
+
+
+class Align:
+    """Projectors learn (Roberts et al. 2024, stage 1); components stand still, which is proved."""
+
+    def __init__(self, config: ManticoreConfig) -> None:
+        self.config = config
+        self.notes = Notes()
+
+    def stage(self) -> Stage:
+        """The stage."""
+        config = self.config
+        return Stage(
+            **training_settings(config),
+            name="align",
+            steps=config.align_steps,
+            build=self._build,
+            choose_groups=lambda model: align_groups(model, config),
+            prepare=lambda model, job, quiet: align_objective(model, job, config, quiet=quiet),
+            examine=self._examine,
+        )
+
+    def _build(self, backbone: nn.Module, seed: int, before: ComposedModel | None) -> HybridModel:
+        model = fresh(self.config, backbone, seed) if before is None else under(self.config, before)
+        return self.notes.started(on_copies(model, pretrained_of(backbone)), backbone)
+
+    def _examine(self, model: HybridModel, job: Job, quiet: bool) -> Findings:
+        del quiet
+        others = None if job.validation is None else reference(model, job.validation)
+        record = self.notes.record(model, job, reference=None if others is None else others.plain())
+        return Findings(record=record, gates=align_gates(record["held_out_loss"], others, self.config))
 
 
 def align_groups(model: nn.Module, config: ManticoreConfig, trained: tuple[str, ...] = ()) -> tuple[ParamGroup, ...]:
@@ -33,7 +71,8 @@ def why_not_cached(config: ManticoreConfig) -> str | None:
     """Why nothing can be kept under these settings; None where something can."""
     reasons = {
         "config.align=full: the input projectors learn, and change what components read": config.align != "output",
-        f"config.num_blocks={config.num_blocks}: later blocks read what learning projectors wrote": config.num_blocks > 1,
+        f"config.num_blocks={config.num_blocks}: later blocks read what learning projectors wrote": config.num_blocks
+        > 1,
         "config.align_weights: mixture weights change what components read": config.align_weights,
         f"config.weights={config.weights}: mixture weights are worked out in a pass": config.weights != "static",
         "config.projectors=none": config.projectors == "none",

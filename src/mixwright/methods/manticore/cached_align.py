@@ -1,12 +1,12 @@
 """Aligning on what frozen components have already said: each example is run through them once, however often it comes.
 
-With one block, frozen components and frozen input projectors nothing that a component reads ever changes: its embedding
-is frozen, the mixture weights stand still, and there is no earlier block. What it says before its head is then a
-function of the tokens alone, and only z_m = (1 - alpha) Wout(y_m) + alpha pad(y_m), their mixture and the heads are left
-to compute. With the input projectors in training (the paper's form), or with two blocks, this does not hold.
+With one block, frozen components and frozen input projectors nothing that a component reads ever changes: its
+embedding is frozen, the mixture weights stand still, and there is no earlier block. What it says before its head is
+then a function of the tokens alone, and only z_m = (1 - alpha) Wout(y_m) + alpha pad(y_m), their mixture and the heads
+are left to compute. With the input projectors in training (the paper's form), or with two blocks, this does not hold.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,19 +22,20 @@ from mixwright.data.batches import Batches
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.experts.blocks import BlockExperts
 from mixwright.experts.projectors import resized
-from mixwright.methods.manticore.model import HEAD, HybridModel
+from mixwright.methods.manticore.model import HybridModel
 from mixwright.training.progress import reporting
 
 BLOCK = "blocks.0"
-_TOLERANCE = 1e-4
+_TOLERANCE, _ROUGH = 1e-4, 0.05
+"""Of the largest logit: in float32, and in less."""
 
 
 class CachedAlign:
     """The supervised loss of a hybrid of one block, from boundary activations that are kept for each row of tokens.
 
     Rows are run in the order of the data, in the same company each time, so that a run that is resumed keeps the same
-    bits. The first batch is also run through the whole hybrid, and must have the same logits: a component that does more
-    after its head than hand over logits (a soft-cap, a scale) is refused with a ValueError.
+    bits. The first batch is also run through the whole hybrid, and must have the same logits: a component that does
+    more after its head than hand over logits (a soft-cap, a scale) is refused with a ValueError.
     """
 
     def __init__(self, model: HybridModel, data: Sequence[Batches], store: "Store", *, quiet: bool = True) -> None:
@@ -47,8 +48,8 @@ class CachedAlign:
         if not self.places:
             self._fill()
             self._prove(batch)
-        logits = self.logits(batch)
-        return cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        logits = self.logits(batch).float().flatten(0, 1)
+        return cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
         """Those of the hybrid, without running a component."""
@@ -102,7 +103,8 @@ class CachedAlign:
         kept = self.logits(batch).to(whole)
         real = batch.inputs["attention_mask"].bool()
         gap = float((whole - kept)[real].float().abs().max() / whole[real].float().abs().max().clamp_min(1.0))
-        bound = _TOLERANCE if whole.dtype == torch.float32 and not torch.is_autocast_enabled(whole.device.type) else 0.05
+        exact = whole.dtype == torch.float32 and not torch.is_autocast_enabled(whole.device.type)
+        bound = _TOLERANCE if exact else _ROUGH
         if not gap <= bound:
             raise ValueError(
                 f"config.align_cache: logits from kept activations differ by {gap:.2g} from those of the hybrid, so a "
@@ -121,7 +123,7 @@ def boundary_activations(model: HybridModel, inputs: Mapping[str, Any]) -> dict[
 
 
 @contextmanager
-def _listening(experts: BlockExperts, said: dict[int, Tensor]) -> Iterator[None]:
+def _listening(experts: BlockExperts, said: dict[int, Tensor]) -> Generator[None]:
     run: Callable[[int, Tensor | None], Tensor] = experts.run
 
     def heard(component: int, hidden: Tensor | None) -> Tensor:

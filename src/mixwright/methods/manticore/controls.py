@@ -1,4 +1,4 @@
-"""What a hybrid is compared with: its components, as they came and tuned at equal cost, and the mean of their logits."""
+"""What a hybrid is compared with: components, as they came and tuned at equal cost, and the mean of their logits."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,9 @@ AS_IT_CAME = "as it came"
 _PARTS = 10
 
 
-def controls(job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module]) -> Iterator[tuple[int, str, nn.Module]]:
+def controls(
+    job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module]
+) -> Iterator[tuple[int, str, nn.Module]]:
     """Components to compare with, one after another: (number, budget, model). Each is the caller's to let go."""
     for number, component in enumerate(pretrained):
         for budget, steps in budgets(config, pretrained, number).items():
@@ -32,8 +34,8 @@ def controls(job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module])
 def budgets(config: ManticoreConfig, pretrained: Sequence[nn.Module], number: int) -> dict[str, int]:
     """The steps that a component is trained for, by the name of the budget.
 
-    Equal FLOPs: the hybrid's steps times what one costs it, over what one costs the component; parameters that act stand
-    for FLOPs.
+    Equal FLOPs: the hybrid's steps times what one costs it, over what one costs the component; parameters that act
+    stand for FLOPs.
     """
     own, whole = acting_parameters(pretrained[number]), sum(acting_parameters(one) for one in pretrained)
     steps = config.tune_steps + config.discretise_steps

@@ -136,7 +136,13 @@ class _Runs:
         self.model.mixture_weights = choice
         stage = replace(self.stage, steps=steps, groups=component_groups(self.model, self.config), own_way=None)
         assert self.job.data is not None
-        fit(self.model, replace(stage, choose_every=None), self.job.data, config=self.job.recipe.train, seed=self.job.recipe.seed)
+        fit(
+            self.model,
+            replace(stage, choose_every=None),
+            self.job.data,
+            config=self.job.recipe.train,
+            seed=self.job.recipe.seed,
+        )
         one = Tried(choice, steps, mean_loss(self.model, self.validation))
         self.tried.append(one)
         if self.best is None or one.loss < self.best[0].loss:

@@ -6,8 +6,8 @@ hybrid was, so that nothing is won by training alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,9 +17,17 @@ from mixwright.data.tasks import read_task
 from mixwright.evaluation.hybrid_documents import Documents, documents_of, losses, per_token
 from mixwright.evaluation.verdict import EQUAL_TOKENS, Verdict, best_of, verdict
 from mixwright.methods.manticore.config import ManticoreConfig
-from mixwright.methods.manticore.controls import AS_IT_CAME, PlainEnsemble, acting_parameters, best_ensemble, budgets, controls
+from mixwright.methods.manticore.controls import (
+    AS_IT_CAME,
+    PlainEnsemble,
+    acting_parameters,
+    best_ensemble,
+    budgets,
+    controls,
+)
 from mixwright.methods.manticore.gates import at_most
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.recipe import Source
 from mixwright.training.gates import Findings, Gate
 from mixwright.training.job import Job
 from mixwright.training.left import folder_of, has_left
@@ -96,7 +104,7 @@ class Exam:
 def open_exam(job: Job) -> Exam:
     """Validation and test texts of the recipe as documents. Raises ValueError where it has neither."""
     data = job.recipe.data
-    sources = {"validation": data.validation, "test": data.test}
+    sources: dict[Literal["validation", "test"], Source | None] = {"validation": data.validation, "test": data.test}
     if data.tasks is not None:
         raise ValueError("recipe.data.tasks: stage evaluate reads data.validation and data.test; give those.")
     parts: dict[str, Documents] = {}
@@ -110,7 +118,7 @@ def open_exam(job: Job) -> Exam:
     return Exam(parts)
 
 
-def evaluate(model: HybridModel, job: Job, config: ManticoreConfig, *, quiet: bool) -> Findings:
+def evaluate(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
     """Every system on every part, the verdicts, and what to hand over."""
     exam = open_exam(job)
     pretrained = list(_modules(job))
@@ -131,7 +139,9 @@ def _modules(job: Job) -> Sequence[nn.Module]:
 
 
 def _names(config: ManticoreConfig, model: HybridModel, pretrained: Sequence[nn.Module]) -> list[str]:
-    return [_called(model.experts[m], budget) for m in range(len(pretrained)) for budget in budgets(config, pretrained, m)]
+    return [
+        _called(model.experts[m], budget) for m in range(len(pretrained)) for budget in budgets(config, pretrained, m)
+    ]
 
 
 def _called(component: str, budget: str) -> str:

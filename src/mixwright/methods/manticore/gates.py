@@ -10,7 +10,9 @@ _UNMEASURED = "there is no data.validation to measure on."
 def at_most(name: str, measured: float | None, bound: float | None, what: str, than: str) -> Gate:
     """`what` <= `than`."""
     if measured is None or bound is None:
-        return Gate(name=name, passed=None, measured=measured, bound=bound, said=f"{what} against {than}: {_UNMEASURED}")
+        return Gate(
+            name=name, passed=None, measured=measured, bound=bound, said=f"{what} against {than}: {_UNMEASURED}"
+        )
     passed = measured <= bound
     sign = "<=" if passed else ">"
     said = f"{what} {measured:.4f} {sign} {bound:.4f}, {than}."

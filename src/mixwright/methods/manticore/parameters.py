@@ -45,7 +45,11 @@ def _parts(model: HybridModel, m: int, acts: Sequence[bool]) -> list[str]:
     component, parts, runs = model.components[m], model.backbone.parts[m], model.backbone.runs[m]
     layers = [i for acting, run in zip(acts[1:-1], runs) if acting for i in run]
     idle = _idle_ends(component, embeds=acts[0], heads=acts[-1])
-    others = [name for name, p in component.named_parameters() if not name.startswith(f"{parts.layers}.") and id(p) not in idle]
+    others = [
+        name
+        for name, p in component.named_parameters()
+        if not name.startswith(f"{parts.layers}.") and id(p) not in idle
+    ]
     root = f"{_COMPONENT}.{m}"
     return [*(f"{root}.{parts.layers}.{i}.*" for i in layers), *(f"{root}.{name}" for name in others)]
 

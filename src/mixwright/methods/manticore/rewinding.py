@@ -1,4 +1,4 @@
-"""Back to the pretrained weights: a stage tries things out on components, and the next starts from them as they came."""
+"""Back to the pretrained weights: one stage tries things out on components, the next starts from them as they came."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """How mixture weights are searched for by gradients: who learns when, on which data, with which draws."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,7 +55,7 @@ def search_groups(model: nn.Module, config: ManticoreConfig) -> tuple[ParamGroup
     )
     if not alternating:
         return (*own, weights)
-    return (*(ParamGroup(**{**vars(group), "turn": (0, 2)}) for group in own), weights)
+    return (*(replace(group, turn=(0, 2)) for group in own), weights)
 
 
 def begin_search(model: HybridModel, config: ManticoreConfig) -> None:
@@ -122,7 +122,10 @@ def asked_for(model: HybridModel) -> Float[Tensor, ""]:
 
 def run_costs(model: HybridModel) -> Float[Tensor, "blocks models"]:
     """Parameters of the layers that each component has in each block."""
-    counts = [[_count(model, m, run) for m, runs in enumerate(model.backbone.runs) for run in [runs[k]]] for k in _blocks(model)]
+    counts = [
+        [_count(model, m, run) for m, runs in enumerate(model.backbone.runs) for run in [runs[k]]]
+        for k in _blocks(model)
+    ]
     return torch.tensor(counts, dtype=torch.float32)
 
 
