@@ -27,7 +27,7 @@ def same_weights(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "llama", "bert", "vit", "whisper"])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama", "bert", "vit", "whisper", "mamba2"])
 def test_a_saved_backbone_loads_as_what_it_was(family: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(family)
     backbone.save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ of its config that name code, kernels or attention implementations are dropped b
 """
 
 import json
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ _NAMES_CODE = frozenset(
     }
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _KINDS = ("auto", "causal", "seq2seq", "speech", "encoder")
 
 
@@ -146,6 +148,26 @@ def build_backbone(model_type: str, settings: Mapping[str, Any], *, kind: str = 
         return _auto_class(kind if kind != "auto" else _kind(config, settings)).from_config(config).eval()
 
 
+def causal_families() -> dict[str, str]:
+    """Every family of causal language models that the installed transformers lists: model type -> class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {str(family): str(names) for family, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def default_settings(model_type: str) -> dict[str, Any]:
+    """The fields of a family's config as they are by default."""
+    from transformers import CONFIG_MAPPING
+
+    return _config({"model_type": model_type}, model_type).to_dict() if model_type in CONFIG_MAPPING else {}
+
+
+def read_settings(path_or_id: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The fields of the config in a model's folder, without those that name code. Weights need not be there."""
+    folder = fetch(path_or_id, revision, ("config.json",))
+    return _config(_settings(folder, str(path_or_id)), str(path_or_id)).to_dict()
+
+
 def byte_tokenizer(text_model: str = "causal") -> Any:
     """A tokenizer of 256 bytes and four special tokens (pad 0, end 1, start 2, unknown 3), for tests and demos.
 
@@ -216,7 +238,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CatalogError("SIZE", name, f"config.json has {path.stat().st_size} bytes; at most {_CONFIG_LIMIT}.")
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"), object_hook=_float)
     except (ValueError, RecursionError) as error:
         raise CatalogError("JSON", name, f"config.json can't be read ({_short(error)}).") from error
     if not isinstance(settings, dict):
@@ -224,6 +246,12 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if settings.get("quantization_config"):
         raise CatalogError("FEATURE", name, "the weights are quantised; experts need a backbone in plain precision.")
     return settings
+
+
+def _float(given: dict[str, Any]) -> Any:
+    """transformers 5 writes floats that JSON lacks as `{"__float__": "Infinity"}`: Mamba-2 has one."""
+    tag = given.get("__float__") if len(given) == 1 else None
+    return _FLOATS.get(tag, given) if isinstance(tag, str) else given
 
 
 def _check_weights(folder: Path, name: str) -> None:

@@ -6,16 +6,23 @@ nobody asks; between slots it is suspended inside its own forward, so that masks
 soft-caps stay its own.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mixwright.backbones.parts import Parts, parts_of, split
-from mixwright.backbones.session import Session
+from mixwright.backbones.coroutine import coroutine_type
+from mixwright.backbones.hybrid_cache import HybridCache
+from mixwright.backbones.parts import parts_of, split
+from mixwright.backbones.session import Pass
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_IGNORED = frozenset({"return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"})
 
 
 class Slot(nn.Module):
@@ -28,7 +35,7 @@ class Slot(nn.Module):
         super().__init__()
         self.number = number
         self.fallback = fallback
-        self.current: _Pass | None = None
+        self.current: Pass | None = None
 
     def run(self, component: int, hidden: Tensor | None = None) -> Tensor:
         """Let a component run to the end of this slot.
@@ -44,102 +51,201 @@ class Slot(nn.Module):
         return self.run(self.fallback, x if self.number else None)
 
 
-class HybridBackbone(nn.Module):
+class HybridBackbone(nn.Module, GenerationMixin):
     """Components of any architecture, cut in `num_blocks` runs of layers each, with slots between the runs.
 
-    `names`: of the components. `widths`: of their hidden states. `vocab_size`: the columns that all of them have.
+    `names`: of the components. `widths`: of their hidden states; where one is narrower at some boundary, zeros fill it
+    up. `vocab_size`: the columns that all components have, or fewer where the tokenizer has fewer; what lies beyond is
+    padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed.
+
+    Where a mask is given without positions, positions count the real tokens, as in `generate`: left padding then
+    changes nothing, learned positions included.
     """
 
     main_input_name = "input_ids"
+    base_model_prefix = ""
 
-    def __init__(self, components: Sequence[nn.Module], num_blocks: int, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        components: Sequence[nn.Module],
+        num_blocks: int,
+        names: Sequence[str],
+        *,
+        vocab_size: int | None = None,
+        coroutines: str | None = None,
+    ) -> None:
         super().__init__()
         self.components = nn.ModuleList(components)
         self.names = tuple(names)
         self.num_blocks = num_blocks
-        self.parts: tuple[Parts, ...] = tuple(parts_of(c, n) for c, n in zip(components, names))
+        self.parts = tuple(parts_of(component, name) for component, name in zip(components, names, strict=True))
         self.runs = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
-        self.widths = tuple(int(parts.head.weight.shape[1]) for parts in self.parts)  # type: ignore[union-attr]
-        self.vocab_size = min(int(parts.head.weight.shape[0]) for parts in self.parts)  # type: ignore[union-attr]
+        self.widths = tuple(max(parts.widths) for parts in self.parts)
+        self.vocab_size = min(vocab_size or self.parts[0].vocab_size, *(parts.vocab_size for parts in self.parts))
         self.embedding = Slot(0)
         self.blocks = nn.ModuleList(Slot(k + 1) for k in range(num_blocks))
         self.head = Slot(num_blocks + 1)
         self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
-        self.config: Any = getattr(components[0], "config", None)
+        self.coroutine = coroutine_type(coroutines)
+        self.config = _config(self)
+        self.generation_config = _generation_config(self)
 
     @property
     def width(self) -> int:
         """D, of the stream: the largest of the widths."""
         return max(self.widths)
 
-    def stops(self, component: int) -> list[nn.Module]:
+    @property
+    def device(self) -> torch.device:
+        """Where the stream is: the device of the first component. Others may be elsewhere."""
+        return next(self.components[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first component. Each keeps its own, and is given hidden states in it."""
+        return next(p.dtype for p in self.components[0].parameters() if p.is_floating_point())
+
+    def stops(self, component: int) -> tuple[nn.Module, ...]:
         """The modules before which a component is suspended: the first layer of each block, and the head."""
-        parts = self.parts[component]
-        model = self.components[component]
-        return [*(parts.layer(model, run[0]) for run in self.runs[component]), parts.head]
+        parts, model = self.parts[component], self.components[component]
+        return *(parts.layer(model, run[0]) for run in self.runs[component]), model.get_submodule(parts.head)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """One pass; `labels` as in transformers: shifted inside, -100 left out."""
-        assert input_ids is not None
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **kwargs}
-        with self._pass(inputs):
-            hidden = self.embedding(input_ids.unsqueeze(-1))
+        """One pass; arguments and result as in transformers: labels are shifted inside, those of -100 left out."""
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a hybrid embeds tokens with its components' own embeddings; expected input_ids alone.")
+        _refuse_strange(kwargs)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = HybridCache()
+        with self._pass(input_ids, attention_mask, position_ids, cache) as current:
+            hidden = self.embedding(input_ids.unsqueeze(-1).float())
             for block in self.blocks:
                 hidden = block(hidden)
-            logits = self.head(hidden)
+            logits = self.head(_kept(hidden, logits_to_keep))
+            current.finish()
         loss = None
         if labels is not None:
-            loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits)  # type: ignore[arg-type]
+            number = kwargs.get("num_items_in_batch")
+            loss = ForCausalLMLoss(logits, labels, self.vocab_size, num_items_in_batch=number)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """That of every component, not reentrant unless asked."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for component in self.components:
+            component.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        """That of every component."""
+        for component in self.components:
+            component.gradient_checkpointing_disable()  # type: ignore[operator]
 
     @contextmanager
-    def _pass(self, inputs: dict[str, Any]) -> Generator[None]:
-        current = _Pass(self, inputs)
+    def _pass(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HybridCache | None
+    ) -> Generator[Pass]:
+        if positions is None and mask is not None and mask.dim() == 2:
+            positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
+        current = Pass(self, ids, {"attention_mask": mask, "position_ids": positions}, cache)
         slots: tuple[Slot, ...] = self.__dict__["slots"]
         for slot in slots:
             slot.current = current
         try:
-            yield
+            yield current
         finally:
             for slot in slots:
                 slot.current = None
             current.close()
 
+    # What `generate` asks of a model.
 
-class _Pass:
-    """The sessions of one pass, by component, and how far each is."""
+    @property
+    def _is_stateful(self) -> bool:
+        return any(getattr(component, "_is_stateful", False) for component in self.components)
 
-    def __init__(self, hybrid: HybridBackbone, inputs: dict[str, Any]) -> None:
-        self.hybrid, self.inputs = hybrid, inputs
-        self.sessions: dict[int, Session] = {}
-        self.at: dict[int, int] = {}
-        self.held: dict[int, Tensor] = {}
+    def uncached(self) -> str | None:
+        """The name of a component that has no cache of transformers' today; a hybrid with it can't have one either."""
+        for component, parts, name in zip(self.components, self.parts, self.names):
+            supports = getattr(component, "_supports_default_dynamic_cache", lambda: False)
+            if parts.cache_name is None or not supports():
+                return name
+        return None
 
-    def run(self, number: int, component: int, hidden: Tensor | None) -> Tensor:
-        if component not in self.sessions:
-            model = self.hybrid.components[component]
-            session = self.sessions[component] = Session(model, self.hybrid.stops(component), self.inputs)
-            self.at[component], self.held[component] = 0, session.start()
-        session = self.sessions[component]
-        while self.at[component] < number - 1:  # blocks in which nobody asked for it: it goes on by itself
-            self.at[component] += 1
-            self.held[component] = session.resume(self.held[component])
-        if number == 0:
-            return self.held[component]
-        self.at[component] = number
-        out = session.resume(self.held[component] if hidden is None else hidden.to(self.held[component].dtype))
-        if number == self.hybrid.num_blocks + 1:
-            return out.logits[..., : self.hybrid.vocab_size]
-        self.held[component] = out
-        return out
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> Any:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a hybrid holds each component's own "
+                "dynamic cache; leave it out."
+            )
+        if self.uncached() is not None:
+            generation_config.use_cache = False
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridCache()
 
-    def close(self) -> None:
-        for session in self.sessions.values():
-            session.close()
+    def is_remote_code(self) -> bool:
+        """No code but the package's own is run."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Components choose how to run experts of their own."""
+        return {}
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The tokens whose logits are wanted: the last few, those of a list, or all for 0."""
+    if isinstance(logits_to_keep, Tensor):
+        return hidden[:, logits_to_keep]
+    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+
+
+def _refuse_strange(kwargs: Mapping[str, Any]) -> None:
+    strange = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
+    asked = [name for name in ("output_attentions", "output_hidden_states") if kwargs.get(name)]
+    if strange:
+        raise TypeError(f"a hybrid's forward takes no {strange[0]!r}.")
+    if asked or kwargs.get("return_dict") is False:
+        raise ValueError(f"{(asked or ['return_dict=False'])[0]}: a hybrid returns logits, loss and cache by name.")
+
+
+def _config(hybrid: HybridBackbone) -> PreTrainedConfig:
+    config = PreTrainedConfig(architectures=["HybridBackbone"])
+    config.vocab_size, config.hidden_size = hybrid.vocab_size, hybrid.width
+    limits = [getattr(_text(component), "max_position_embeddings", None) for component in hybrid.components]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if known:
+        config.max_position_embeddings = min(known)
+    for name in _SPECIAL:
+        setattr(config, name, _first(name, [_text(component) for component in hybrid.components]))
+    return config
+
+
+def _generation_config(hybrid: HybridBackbone) -> GenerationConfig:
+    """The special tokens of the first component that has them."""
+    sources = [getattr(component, "generation_config", None) for component in hybrid.components]
+    return GenerationConfig(**{name: _first(name, [*sources, hybrid.config]) for name in _SPECIAL})
+
+
+def _text(component: nn.Module) -> Any:
+    config: Any = component.config
+    return config.get_text_config()
+
+
+def _first(name: str, sources: Sequence[Any]) -> Any:
+    return next((value for value in (getattr(source, name, None) for source in sources) if value is not None), None)

@@ -1,53 +1,53 @@
-"""Any causal language model of transformers as embedding, layers and head, found without code per family."""
+"""Where a causal language model of any family can be cut: its layers and its head, found without naming families.
 
-from dataclasses import dataclass
+The layers are the shallowest list of as many modules as the config counts layers. A pass over two tokens then shows
+that each is entered once and in order, how wide the hidden state is there, and that the head is called: a model for
+which that does not hold is refused, with what was seen.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mixwright.errors import IncompatibleExpert
 
+_CACHES = ("past_key_values", "cache_params")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where a component's parts are. `layers`: the path of the list of its layers."""
+    """What has to be known of a model to suspend its forward between layers.
+
+    `layers`, `embedding`, `head`: paths of modules. `widths`: of the hidden state that enters each layer and, last, the
+    head. `takes`: names of the arguments of its forward. `vocab_size`: the rows of its head.
+    """
 
     layers: str
-    num_layers: int
-    embedding: nn.Module
-    head: nn.Module
+    embedding: str
+    head: str
+    widths: tuple[int, ...]
+    takes: frozenset[str]
+    vocab_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are to be cut between."""
+        return len(self.widths) - 1
+
+    @property
+    def cache_name(self) -> str | None:
+        """What its forward calls its cache; None for a model that takes none of today's caches."""
+        return next((name for name in _CACHES if name in self.takes), None)
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """Layer number `index` of `model`."""
         return model.get_submodule(f"{self.layers}.{index}")
-
-
-def parts_of(model: nn.Module, name: str = "component") -> Parts:
-    """The parts of a causal language model. Raises IncompatibleExpert (PARTS) where they can't be told apart."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    wanted = getattr(text, "num_hidden_layers", None)
-    lists: list[str] = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and wanted
-    ]
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if not lists or not isinstance(embedding, nn.Module) or not isinstance(head, nn.Module):
-        lacking = "layers" if not lists else "input embedding" if embedding is None else "language model head"
-        raise IncompatibleExpert(
-            "PARTS",
-            name,
-            f"{type(model).__name__} shows no {lacking}; expected a causal language model of transformers, with a list "
-            f"of {wanted} layers, an embedding and a head.",
-        )
-    path = min(lists, key=_depth)
-    return Parts(path, int(wanted or 0), embedding, head)
-
-
-def _depth(path: str) -> int:
-    return path.count(".")
 
 
 def split(num_layers: int, num_blocks: int) -> tuple[range, ...]:
@@ -62,3 +62,129 @@ def split(num_layers: int, num_blocks: int) -> tuple[range, ...]:
         )
     cuts = [(2 * i * num_layers + num_blocks) // (2 * num_blocks) for i in range(num_blocks + 1)]
     return tuple(range(a, b) for a, b in zip(cuts, cuts[1:]))
+
+
+def parts_of(model: nn.Module, name: str = "") -> Parts:
+    """Look at `model`, a causal language model of transformers, and run it once on two tokens; `name` is for errors.
+
+    Raises IncompatibleExpert (CUT) for a model that can't be suspended between its layers.
+    """
+    name = name or type(model).__name__
+    paths = {id(module): path for path, module in model.named_modules()}
+    layers = _layers(model, name)
+    embedding, head = (_asked(model, f"get_{side}_embeddings", name) for side in ("input", "output"))
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    seen = _look(model, layers, head, takes, name)
+    vocab_size = getattr(head, "out_features", None) or seen.logits
+    return Parts(
+        layers=paths[id(layers)],
+        embedding=paths[id(embedding)],
+        head=paths[id(head)],
+        widths=tuple(width for _, width in seen.entered),
+        takes=takes,
+        vocab_size=int(vocab_size),
+    )
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The hidden state among the arguments of a layer, and its name if it was given by name."""
+    if args:
+        return args[0], None
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"], "hidden_states"
+    found = next((key for key, value in kwargs.items() if isinstance(value, Tensor) and value.dim() == 3), None)
+    return (None, None) if found is None else (kwargs[found], found)
+
+
+def refused(name: str, reason: str) -> IncompatibleExpert:
+    """The error for a model that can't be a component."""
+    return IncompatibleExpert(
+        "CUT", name, f"{reason} It can't be a component of a hybrid; `mixwright probe` shows which families can."
+    )
+
+
+@dataclass
+class _Seen:
+    entered: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    logits: int = 0
+
+
+def _layers(model: nn.Module, name: str) -> nn.ModuleList:
+    config = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", lambda: config)
+    count = getattr(find(), "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise refused(name, "it is an encoder-decoder, and has no single stream from embedding to head.")
+    if not isinstance(count, int):
+        raise refused(name, "its config does not say how many layers it has (num_hidden_layers).")
+    waiting: deque[nn.Module] = deque([model])
+    while waiting:
+        module = waiting.popleft()
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+        waiting.extend(module.children())
+    raise refused(name, f"it has no list of its {count} layers.")
+
+
+def _asked(model: nn.Module, method: str, name: str) -> nn.Module:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        found = None
+    if not isinstance(found, nn.Module):
+        raise refused(name, f"{method}() gives no module; expected a causal language model with a head of its own.")
+    return found
+
+
+def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: frozenset[str], name: str) -> _Seen:
+    seen = _Seen()
+    expected = list(range(len(layers) + 1))
+    anchor = next(model.parameters())
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    ids = torch.arange(2, device=anchor.device).remainder(rows).unsqueeze(0)
+    options = {"use_cache": False} if "use_cache" in takes else {}
+
+    def recorder(place: int) -> Any:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = hidden_of(args, kwargs)[0]
+            shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
+            seen.entered.append((place, shape[-1] if shape else 0))
+            seen.shapes.append(shape)
+
+        return record
+
+    with ExitStack() as hooks, _quiet(model):
+        for place, module in enumerate((*layers, head)):
+            hooks.callback(module.register_forward_pre_hook(recorder(place), with_kwargs=True).remove)
+        try:
+            output = model(input_ids=ids, **options)
+        except Exception as error:  # a foreign model
+            raise refused(name, f"its own forward fails on two tokens ({_short(error)}).") from error
+    strange = next((shape for shape in seen.shapes if len(shape) != 3 or shape[:2] != (1, 2)), None)
+    if strange is not None:
+        raise refused(
+            name, f"its layers do not hand on one stream of shape (batch, seq, width): two tokens came as {strange}."
+        )
+    if [place for place, _ in seen.entered] != expected:
+        ran = ", ".join("head" if place == len(layers) else str(place) for place, _ in seen.entered)
+        raise refused(name, f"its {len(layers)} layers and head are not entered once each and in order, but: {ran}.")
+    seen.logits = int(output.logits.shape[-1])
+    return seen
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Generator[None]:
+    """Without dropout and gradients; each module then goes back to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -24,7 +24,14 @@ _CORE = [
     "rich",
     "PyYAML",
 ]
-_EXTRAS = {"data": "datasets", "eval": "lm_eval", "serve": "fastapi", "plot": "matplotlib", "gpu": "triton"}
+_EXTRAS = {
+    "data": "datasets",
+    "eval": "lm_eval",
+    "serve": "fastapi",
+    "plot": "matplotlib",
+    "gpu": "triton",
+    "manticore": "greenlet",
+}
 
 
 def register(app: typer.Typer) -> None:

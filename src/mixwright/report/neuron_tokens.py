@@ -8,7 +8,7 @@ from mixwright.evaluation.neuron_text import NeuronText, NeuronToken, TokenAtSit
 from mixwright.evaluation.neurons import ActingNeuron
 from mixwright.report.depth_view import short_depths
 from mixwright.report.markup import escape, tag
-from mixwright.report.text_view import gain_step, kind_of, marked, shown_name
+from mixwright.report.text_view import gain_step, kind_of, shown_name, with_tip
 
 
 def tokens_view(explained: NeuronText) -> str:
@@ -57,17 +57,7 @@ def _token(place: int, token: NeuronToken, names: Sequence[str], quarters: Seque
     unsure = any(one is not None and one.unsure for one in token.at)
     if unsure:
         classes.append("first")
-    tip = tag("span", *_tip(token, names), class_="tip", role="tooltip", id=f"t{place}")
-    return tag(
-        "span",
-        marked(token.text),
-        tip,
-        class_=" ".join(classes),
-        tabindex="0",
-        data_k="?" if unsure else None,
-        data_token=token.token if token.special else None,
-        aria_describedby=f"t{place}",
-    )
+    return with_tip(place, token, _tip(token, names), classes, "?" if unsure else None)
 
 
 def _tip(token: NeuronToken, names: Sequence[str]) -> list[str]:

@@ -56,16 +56,21 @@ def _token(
     if leads and token.leader is not None:
         classes.append("first")
         sign = looks[token.leader].label
-    shown = token.token if token.special else None
-    tip = tag("span", *_tip(explanation, token, looks, styles), class_="tip", role="tooltip", id=f"t{place}")
+    return with_tip(place, token, _tip(explanation, token, looks, styles), classes, sign)
+
+
+def with_tip(
+    place: int, token: ExplainedToken | NeuronToken, tip: Sequence[str], classes: Sequence[str], sign: str | None
+) -> str:
+    """A token that shows `tip` while it has the pointer or the focus. `sign`: what is drawn beside it."""
     return tag(
         "span",
         marked(token.text),
-        tip,
+        tag("span", *tip, class_="tip", role="tooltip", id=f"t{place}"),
         class_=" ".join(classes),
         tabindex="0",
         data_k=sign,
-        data_token=shown,
+        data_token=token.token if token.special else None,
         aria_describedby=f"t{place}",
     )
 

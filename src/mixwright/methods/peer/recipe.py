@@ -3,17 +3,17 @@
 The backbone stays frozen in both. The paper trains whole models, and says nothing about its optimiser.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
-from mixwright.config import decode
 from mixwright.methods.peer.composed import PeerComposedModel
 from mixwright.methods.peer.config import PeerConfig
 from mixwright.methods.peer.distil import match_replaced
 from mixwright.methods.peer.model import compose
 from mixwright.methods.peer.watch import Watch
+from mixwright.training.continued import continued
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import Objective, ParamGroup, Stage
 
@@ -85,20 +85,8 @@ def _stage(name: str, config: PeerConfig, steps: int, objective: Objective) -> S
 
 def _started(backbone: nn.Module, config: PeerConfig, seed: int, before: ComposedModel | None) -> PeerComposedModel:
     """Fresh experts, or those that are there already."""
-    return compose(replace(config, seed=seed), [backbone]) if before is None else _under(config, before)
-
-
-def _under(config: PeerConfig, model: ComposedModel) -> PeerComposedModel:
-    """A composition with the training settings of `config`. Raises ValueError for another setting that differs."""
-    assert isinstance(model, PeerComposedModel)
-    stored = decode(PeerConfig, model.composition.config, where="composition").settled()
-    for field in fields(PeerConfig):
-        old, new = getattr(stored, field.name), getattr(config.settled(), field.name)
-        if field.name not in OF_TRAINING and old != new:
-            raise ValueError(
-                f"config.{field.name}: the composition has {old!r} and the recipe {new!r}, which training cannot "
-                "change; leave it out, or start afresh without recipe.composition."
-            )
-    settings = {name: value for name, value in asdict(config).items() if name in OF_TRAINING}
-    model.composition = replace(model.composition, config={**asdict(stored), **settings})
-    return model
+    if before is None:
+        return compose(replace(config, seed=seed), [backbone])
+    assert isinstance(before, PeerComposedModel)
+    continued(before, config, PeerConfig.settled, OF_TRAINING)
+    return before

@@ -3,14 +3,13 @@
 The authors train by Adafactor; here it is AdamW, with their rates, linear decay, 6 % warm-up and clipping at 1.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
-from mixwright.config import decode
 from mixwright.data.batches import Batches
 from mixwright.data.tasks import Example
 from mixwright.methods.tensorpoly.adapt import adapt
@@ -20,6 +19,7 @@ from mixwright.methods.tensorpoly.objective import objective
 from mixwright.methods.tensorpoly.similarity import remember
 from mixwright.methods.tensorpoly.task_rows import task_routers
 from mixwright.methods.tensorpoly.watch import Watch
+from mixwright.training.continued import continued
 from mixwright.training.fitted import Fitted
 from mixwright.training.job import Job
 from mixwright.training.stage import ParamGroup, Stage
@@ -101,18 +101,8 @@ def _trained(config: TensorPolyConfig, before: ComposedModel | None) -> TaskComp
 
 
 def _under(config: TensorPolyConfig, model: ComposedModel) -> TaskComposedModel:
-    """A composition with the training settings of `config`. Raises ValueError for another setting that differs."""
     assert isinstance(model, TaskComposedModel)
-    stored = decode(TensorPolyConfig, model.composition.config, where="composition").settled()
-    for field in fields(TensorPolyConfig):
-        old, new = getattr(stored, field.name), getattr(config.settled(), field.name)
-        if field.name not in OF_TRAINING and old != new:
-            raise ValueError(
-                f"config.{field.name}: the composition has {old!r} and the recipe {new!r}, which training cannot "
-                "change; leave it out, or start afresh without recipe.composition."
-            )
-    settings = {name: value for name, value in asdict(config).items() if name in OF_TRAINING and name != "tasks"}
-    model.composition = replace(model.composition, config={**asdict(stored), **settings})
+    continued(model, config, TensorPolyConfig.settled, OF_TRAINING, kept={"tasks"})
     return model
 
 
