@@ -34,6 +34,9 @@ class ManticoreConfig:
     mixture_weights: tuple[tuple[float, ...], ...] | None = None
     """K rows of mixture weights to be kept: programming, from metadata or from small proxy tasks; nothing is searched
     then. None: uniform at first."""
+    licences: dict[str, str] | None = None
+    """SPDX id or expression of a component's licence, by its name, where its folder does not say it or says it wrong.
+    Composing and running ask for none; a hybrid with a component whose licence is unknown is not saved."""
     seed: Annotated[int, Ge(0)] = 0
     """Where the projectors' initial values start."""
     inspect: bool = True

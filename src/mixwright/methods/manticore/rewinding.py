@@ -81,9 +81,9 @@ def on_copies(model: HybridModel, pretrained: Sequence[nn.Module]) -> HybridMode
 
 def _again(model: HybridModel, components: Sequence[nn.Module]) -> HybridModel:
     """The same hybrid on copies of these components."""
-    config = replace(decode(ManticoreConfig, dict(model.composition.config)), mixture_weights=None)
-    fresh = compose(config, copies(components))
-    fresh.composition, fresh.whole = model.composition, dict(model.whole)
+    config = decode(ManticoreConfig, dict(model.composition.config))
+    fresh = compose(replace(config, names=model.experts, mixture_weights=None), copies(components))
+    fresh.composition, fresh.whole, fresh.tokenizer = model.composition, dict(model.whole), model.tokenizer
     for slot, mixture in fresh.mixtures.items():
         mixture.router.load_state_dict(model.mixtures[slot].router.state_dict())
         mixture.experts.load_state_dict(model.mixtures[slot].experts.state_dict())
