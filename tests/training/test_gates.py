@@ -30,9 +30,9 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_findings_come_back_from_their_record() -> None:
-    findings = Findings(record={"a": 1}, gates=(PASSED, FAILED))
+    findings = Findings(record={"a": 1}, gates=(PASSED, FAILED), sentences=("so it is.",))
     assert read_findings(json.loads(json.dumps(findings.plain()))) == findings
-    assert findings.failed() == (FAILED,) and "gate NOT passed: loss 3 > 2." in findings.said()
+    assert findings.failed() == (FAILED,) and findings.said().startswith("so it is.\ngate passed: loss 1 <= 2.")
     assert Findings(gates=(replace(PASSED, passed=None),)).failed()  # not measured is not passed
     assert read_findings({}) == Findings()
 

@@ -127,7 +127,7 @@ def _summed(parts: Sequence[Float[Tensor, "rows seq"]], document: Tensor, count:
     return torch.zeros(count, len(PLACES), dtype=torch.float64).index_add(0, document, torch.cat(by_row))
 
 
-def per_token(sums: Float[Tensor, "documents *places"], tokens: Float[Tensor, "documents *places"]) -> float:
+def per_token(sums: Float[Tensor, "*documents"], tokens: Float[Tensor, "*documents"]) -> float:
     """Nats per token over all documents given."""
     return float(sums.sum() / tokens.sum())
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixwright as mw
 from mixwright.backbones.hf import byte_tokenizer, load_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
-from mixwright.composition import ledger, saving
+from mixwright.composition import components, ledger, saving
 from mixwright.errors import CatalogError, IncompatibleExpert
 from mixwright.files import sha256_file
 from mixwright.methods.manticore.model import HybridModel
@@ -173,10 +173,11 @@ def test_a_component_without_a_licence_is_not_saved(pair: Pair, tmp_path: Path) 
 
 
 def test_the_card_lists_every_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(path: str, *_: object) -> Path:
+    def unreachable(path: str, *_: object, **__: object) -> Path:
         raise CatalogError("PATH", path, "the hub did not give it")
 
     monkeypatch.setattr(ledger, "fetch", unreachable)
+    monkeypatch.setattr(components, "load_tokenizer", unreachable)
     built = [tiny_backbone("gpt2"), tiny_backbone("mamba2")]
     for backbone, path in zip(built, ("someone/gpt", "other/mamba")):
         backbone.config._name_or_path = path  # type: ignore[union-attr]

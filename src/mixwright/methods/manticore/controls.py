@@ -1,7 +1,7 @@
 """What a hybrid is compared with: components, as they came and tuned at equal cost, and the mean of their logits."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from mixwright.training.fit import fit
 from mixwright.training.job import Job
 from mixwright.training.stage import ParamGroup, Stage, select_parameters
 
-AS_IT_CAME = "as it came"
+AS_IT_CAME = "no tuning"
 _PARTS = 10
 
 
@@ -60,30 +60,22 @@ def tuned(component: nn.Module, job: Job, config: ManticoreConfig, steps: int) -
     return model
 
 
-class PlainEnsemble:
+class PlainEnsemble(nn.Module):
     """logits = sum_m w_m logits_m of models that stand alone; called as one of them is."""
 
     def __init__(self, models: Sequence[nn.Module], weights: Sequence[float], vocab_size: int) -> None:
-        self.models, self.weights, self.vocab_size = tuple(models), tuple(weights), vocab_size
+        super().__init__()
+        self.models, self.weights, self.vocab_size = nn.ModuleList(models), tuple(weights), vocab_size
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, condition: object = None, **kwargs: Any) -> Any:
         """An output with the mean `logits`, of the columns that all have."""
-        kwargs.pop("condition", None)
+        del condition
         mixed = sum(
             weight * model(*args, **kwargs).logits[..., : self.vocab_size].float()
             for weight, model in zip(self.weights, self.models, strict=True)
             if weight
         )
         return SimpleNamespace(logits=mixed)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Of the first model, which says where all are."""
-        return self.models[0].parameters()
-
-    def eval(self) -> None:
-        """Without dropout."""
-        for model in self.models:
-            model.eval()
 
 
 def best_ensemble(models: Sequence[nn.Module], documents: Documents, vocab_size: int) -> tuple[float, ...]:

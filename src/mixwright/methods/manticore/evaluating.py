@@ -70,9 +70,9 @@ class Exam:
         """Nats per token of a system."""
         return per_token(self.systems[name].sums[part], self.parts[part].tokens.sum(-1))
 
-    def add(self, name: str, kind: str, budget: str, parameters: int, speaker: Any) -> None:
+    def add(self, name: str, kind: str, budget: str, parameters: int, speaker: nn.Module) -> None:
         """Measure a system on every part."""
-        with eval_mode(getattr(speaker, "model", speaker)):
+        with eval_mode(speaker):
             sums = {part: losses(speaker, documents).sum(-1) for part, documents in self.parts.items()}
         self.systems[name] = System(name=name, kind=kind, budget=budget, parameters=parameters, sums=sums)
 
@@ -199,7 +199,9 @@ def _findings(exam: Exam, model: HybridModel, config: ManticoreConfig, weights: 
         "fallback": fallback,
         "hand_over": chosen,
     }
-    return Findings(record=record, gates=_acceptance(exam, against, fallback, config))
+    advice = f"Hand over: {chosen}." if chosen == HYBRID else f"The fallback is the better choice: {fallback}."
+    sentences = (*(one.sentence() for one in verdicts), advice)
+    return Findings(record=record, gates=_acceptance(exam, against, fallback, config), sentences=sentences)
 
 
 def _acceptance(exam: Exam, against: Verdict, fallback: str, config: ManticoreConfig) -> tuple[Gate, ...]:
