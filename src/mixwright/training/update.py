@@ -222,7 +222,7 @@ class Updater:
             raise ValueError(
                 f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?"
             )
-        if len(self.sources) > 1 or any(group.delay for group in self.stage.groups):
+        if len(self.sources) > 1 or any(group.delay or group.turn for group in self.stage.groups):
             self._set_trainable(step, split)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in zip(indices, passes, strict=True):
