@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 import mixwright.training.fit as fitting
 from mixwright import api
+from mixwright.methods.manticore.gates import align_gates, discretise_gates, search_gates
+from mixwright.methods.manticore.losses import Reference
 from mixwright.methods.manticore.rewinding import component_digests, pretrained_digests, rewound
 from mixwright.training.update import Updater
 
-from .pair import NAMES, components, findings, folders, recipe_in, record, train
+from .pair import NAMES, components, config_of, findings, folders, recipe_in, record, train
 
 ALL = ("inspect", "align", "search", "tune", "discretise", "evaluate")
 TRAINED = ("align", "search", "tune", "discretise")
@@ -33,7 +35,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tensors(folder: Path, stage: str, run: str = "run") -> dict[str, torch.Tensor]:
     """Everything that a stage left: added tensors, and trained components."""
     left = folder / run / stage / "composition"
-    return {f"{path.relative_to(left)}:{n}": t for path in left.rglob("*.safetensors") for n, t in load_file(path).items()}
+    files = {path.relative_to(left).as_posix(): load_file(path) for path in left.rglob("*.safetensors")}
+    return {f"{file}:{name}": tensor for file, found in files.items() for name, tensor in found.items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -55,7 +58,7 @@ def test_what_must_stand_still_is_proved_by_digest(whole: Path) -> None:
     found = {stage: findings(whole, stage) for stage in TRAINED}
     pretrained = pretrained_digests(NAMES, components(whole))
     for stage in TRAINED:
-        assert record(whole, stage)["frozen"]["parameters"] > 0, stage
+        assert (record(whole, stage)["frozen"]["parameters"] > 0) == (stage != "search"), stage
         assert found[stage]["pretrained"] == pretrained, stage
     assert found["align"]["components_at_start"] == found["align"]["components_at_end"] == pretrained
     searched = found["search"]["components_at_end"]
@@ -131,13 +134,23 @@ def test_evaluate_names_a_verdict_a_fallback_and_what_was_compared(whole: Path) 
 
 
 def test_a_failed_gate_stops_where_it_is_told_to(tmp_path: Path) -> None:
-    hard = recipe_in(tmp_path, gates="stop", align_tolerance=0.0, projectors="linear", align_learning_rate=1e-6)
-    with pytest.raises(ValueError, match=r"stage align: held-out loss of the aligned hybrid .* > .*align_tolerance"):
-        train(hard)
-    assert (tmp_path / "run" / "align" / "composition").exists() and not (tmp_path / "run" / "search").exists()
-    with pytest.raises(ValueError, match=r"stage align: held-out loss .* let failed gates warn"):
-        train(hard, stage="search")
-    assert record(tmp_path, "align")["gates"][0]["passed"] is False
+    hard = recipe_in(tmp_path, gates="stop")
+    hard["data"]["max_length"] = 600
+    for options in ({}, {"stage": "align"}):  # at once; and for a stage of another day
+        with pytest.raises(ValueError, match=r"stage inspect: data.max_length 600 > 512, the context limit of neox"):
+            train(hard, **options)
+    assert not (tmp_path / "run" / "align").exists()
+    assert [gate["passed"] for gate in record(tmp_path, "inspect")["gates"]][0] is False
+
+
+def test_gates_compare_with_the_best_component_and_the_ensemble() -> None:
+    others = Reference({"neox": 2.0, "mamba": 3.0}, 1.9)
+    config = config_of(align_tolerance=0.25)
+    assert [gate.passed for loss in (2.25, 2.26) for gate in align_gates(loss, others, config)] == [True, False]
+    assert "2.2600 > 2.2500, the loss of neox alone + 0.25" in align_gates(2.26, others, config)[0].said
+    assert [gate.passed for gate in search_gates(1.95, others)] == [True, False]
+    assert [gate.passed for gate in search_gates(None, None)] == [None, None]
+    assert [gate.passed for loss in (2.1, 2.2) for gate in discretise_gates(loss, 2.0, config)] == [True, False]
 
 
 def test_nothing_starts_from_what_was_never_aligned_or_found(tmp_path: Path) -> None:

@@ -69,15 +69,15 @@ def align_groups(model: nn.Module, config: ManticoreConfig, trained: tuple[str, 
 
 def why_not_cached(config: ManticoreConfig) -> str | None:
     """Why nothing can be kept under these settings; None where something can."""
-    reasons = {
-        "config.align=full: the input projectors learn, and change what components read": config.align != "output",
-        f"config.num_blocks={config.num_blocks}: later blocks read what learning projectors wrote": config.num_blocks
-        > 1,
-        "config.align_weights: mixture weights change what components read": config.align_weights,
-        f"config.weights={config.weights}: mixture weights are worked out in a pass": config.weights != "static",
-        "config.projectors=none": config.projectors == "none",
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if config.align != "output":
+        return "config.align=full: the input projectors learn, and change what components read"
+    if config.num_blocks > 1:
+        return f"config.num_blocks={config.num_blocks}: later blocks read what learning projectors wrote"
+    if config.align_weights:
+        return "config.align_weights: learning mixture weights change what components read"
+    if config.weights != "static":
+        return f"config.weights={config.weights}: mixture weights are worked out in a pass"
+    return None
 
 
 def align_objective(model: HybridModel, job: Job, config: ManticoreConfig, *, quiet: bool) -> Objective:

@@ -71,7 +71,8 @@ class CachedAlign:
         weights = self.model.head_weights
         backbone, logits = self.model.backbone, cast(Tensor | None, None)
         for m in weights.nonzero().flatten().tolist():
-            said = backbone.parts[m].head(resized(stream, backbone.widths[m]))[..., : backbone.vocab_size]
+            head: nn.Module = self.model.components[m].get_output_embeddings()  # type: ignore[operator]
+            said = head(resized(stream, backbone.widths[m]))[..., : backbone.vocab_size]
             term = weights[m].to(said) * said
             logits = term if logits is None else logits + term
         assert logits is not None
