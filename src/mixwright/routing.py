@@ -19,10 +19,10 @@ class Routing:
     """Who acts, and how strongly: y = sum_k weights_k * f_{indices_k}(x).
 
     `weights`: routing weights, shape `(*decision, k)`. `indices`: expert ids of the same shape, or None when the last
-    axis is all experts in order; ids that a router knows without looking may lie on the CPU, whatever device the weights
-    are on. The decision axes broadcast against the leading axes of the input; size 1 means that
-    the choice does not vary there, no axes at all mean one choice for the whole model. A weight of zero means that the
-    expert does not act, whatever id stands beside it.
+    axis is all experts in order; ids that a router knows without looking may stay on the CPU. The decision axes
+    broadcast against the leading axes of the input; size 1 means that the choice does not vary there, no axes at all
+    mean one choice for the whole model. A weight of zero means that the expert does not act, whatever id stands beside
+    it.
     """
 
     weights: Float[Tensor, "*decision k"]

@@ -77,7 +77,10 @@ class MixtureWeights(AbstractRouter):
         key = (version(self.logits), version(self.allowed), version(self.temperature), self.logits.data_ptr())
         if self._routing is None or self._routing[0] != key or None in key:
             with torch.inference_mode(False), torch.no_grad():
-                self._routing = (key, Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids))
+                self._routing = (
+                    key,
+                    Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids),
+                )
         return self._routing[1]
 
     @property
@@ -112,7 +115,7 @@ class MixtureWeights(AbstractRouter):
         return self._once("dirichlet", condition, lambda: _dirichlet(concentration))
 
     def _once(self, what: str, condition: Condition, make: Callable[[], Tensor]) -> Tensor:
-        """What is drawn in a pass is drawn once: embedding, gates, mixture and head agree (sheet, d.5)."""
+        """What is drawn in a pass is drawn once: embedding, gates, mixture and head agree."""
         memory = condition.memory
         if memory is None:
             return make()

@@ -20,7 +20,7 @@ class RoutedMixtureWeights(AbstractRouter):
 
     f_t = rms_norm(mean of the stream's tokens 0..t). `prefix` 0: a choice for each token. Otherwise one for each
     sequence: the mean is of its first `prefix` real tokens, and tokens before that many are known have the static
-    weights, so that no token depends on a later one. Ours, after the sheet's h.3; every row shares f.
+    weights, so that no token depends on a later one. Not from the paper; every row shares f.
     """
 
     def __init__(self, static: MixtureWeights, width: int, prefix: int = 0) -> None:
@@ -39,9 +39,7 @@ class RoutedMixtureWeights(AbstractRouter):
         self.static.set(weights)
 
     def forward(self, x: Tensor, condition: Condition) -> Routing:
-        """A choice for each token; at the embedding, whose input is no stream yet, one for the whole model."""
-        if not x.is_floating_point():
-            return self.static(x, condition)
+        """A choice for each token. Not at the embedding, where there is no stream to look at yet."""
         feature = self._feature(x, condition)
         cpu, ids = self.static.live()
         if len(cpu) == 1:

@@ -22,8 +22,8 @@ def plain_rows(model: nn.Module) -> dict[nn.Parameter, MixtureWeights]:
 class ExponentiatedGradient(torch.optim.Optimizer):
     """u = alpha * exp(-lr g), alpha <- max(u / sum u, 1e-5) / sum (GAEA, Li et al. 2021; Kivinen and Warmuth 1997).
 
-    The parameters are logits a with alpha = softmax(a / tau), whose gradient is alpha (g - sum alpha g) / tau: divided by
-    alpha / tau it is the g of alpha but for a constant, which the sum takes out again. `rows` has the module of each
+    The parameters are logits a with alpha = softmax(a / tau), whose gradient is alpha (g - sum alpha g) / tau. Divided
+    by alpha / tau it is the g of alpha but for a constant, which the sum takes out again. `rows` has the module of each
     parameter; components that it does not allow keep their logits. Nothing is kept between steps, and weight decay has
     no place here.
     """

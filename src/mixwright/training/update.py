@@ -95,10 +95,10 @@ class Updater:
 
     def consider(self, done: int) -> HeldOut | None:
         """After `done` steps, remember the weights if none before did better on held-out data; a tie is won."""
+        tell_progress(self._following, done / self.stage.steps)
         every = self.stage.choose_every
         if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
             return None
-        tell_progress(self._following, done / self.stage.steps)
         by_task = self.held_out_losses(self.validation)
         found = HeldOut(done, sum(by_task.values()) / len(by_task), by_task if self.validation.tasks else {})
         if self.best is None or math.isnan(self.best.loss) or found.loss <= self.best.loss:

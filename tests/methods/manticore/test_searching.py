@@ -124,7 +124,9 @@ def test_the_schedule_ends_with_the_optimiser_steps(
     """Not with the passes, nor with the examples over some batch size (sheet, d.6)."""
     rates: list[float] = []
     plain = updating.set_rate
-    monkeypatch.setattr(updating, "set_rate", lambda o, rate, progress=0.0: (rates.append(rate), plain(o, rate, progress)))
+    monkeypatch.setattr(
+        updating, "set_rate", lambda o, rate, progress=0.0: (rates.append(rate), plain(o, rate, progress))
+    )
     model, job = compose(config_of(), tiny_pair()), job_in(tmp_path, rows=5, batch_size=2, accumulate=accumulate)
     assert job.data is not None
     fit(model, search_stage(model, num_blocks=1, search_steps=4), job.data, config=job.recipe.train)
@@ -155,7 +157,9 @@ def test_frozen_components_leave_projectors_alone_to_learn(pair: list[Any]) -> N
 
 def test_cost_is_the_share_of_layers_that_the_weights_ask_for(pair: list[Any], tmp_path: Path) -> None:
     model = hybrid(pair)
-    counts = [sum(p.numel() for p in layers[0].parameters()) for layers in (pair[0].gpt_neox.layers, pair[1].backbone.layers)]
+    counts = [
+        sum(p.numel() for p in layers[0].parameters()) for layers in (pair[0].gpt_neox.layers, pair[1].backbone.layers)
+    ]
     for weights in ([[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2, [[0.25, 0.75]] * 2):
         model.mixture_weights = weights
         mean = weights[0][0] * counts[0] + weights[0][1] * counts[1]

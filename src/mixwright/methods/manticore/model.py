@@ -153,8 +153,10 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
             else:
                 experts = BlockExperts(run, hybrid.widths, config.projectors)
             paper_row = path in (EMBEDDING, "blocks.0", HEAD)
-            router = shared if shared is not None and paper_row else _row(config, hybrid, varies=path != EMBEDDING)
-            mixtures[path] = Mixture(None, router, experts)
+            row = shared if shared is not None and paper_row else _row(config, hybrid)
+            if path == EMBEDDING and isinstance(row, RoutedMixtureWeights):
+                row = row.static  # there is no stream to look at yet
+            mixtures[path] = Mixture(None, row, experts)
     described = Composition(
         method=METHOD.name,
         config=asdict(config),
@@ -166,10 +168,9 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
     return HybridModel(hybrid, mixtures, hybrid.names, described, seen)
 
 
-def _row(config: ManticoreConfig, hybrid: "HybridBackbone", *, varies: bool = True) -> AbstractRouter:
-    """A row of mixture weights; the embedding's, which comes before there is a stream to look at, does not vary."""
+def _row(config: ManticoreConfig, hybrid: "HybridBackbone") -> AbstractRouter:
     static = MixtureWeights(len(hybrid.names))
-    if config.weights == "static" or not varies:
+    if config.weights == "static":
         return static
     return RoutedMixtureWeights(static, hybrid.width, config.prefix if config.weights == "sequence" else 0)
 
