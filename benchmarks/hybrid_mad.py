@@ -43,21 +43,27 @@ Cell = dict[str, Any]
 
 
 class Cells:
-    """What was measured, a line of JSON each; `settings` are part of every key."""
+    """What was measured, a line of JSON each; `settings` are part of every key.
+
+    The file is read anew every time, so that several processes may work on it, each on other tasks or in another order.
+    """
 
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self.settings = path, settings
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = [cell for cell in map(json.loads, lines) if cell["settings"] == settings]
+
+    @property
+    def known(self) -> list[Cell]:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [cell for cell in whole if cell["settings"] == self.settings]
 
     def find(self, **key: Any) -> list[Cell]:
         return [cell for cell in self.known if all(cell[name] == value for name, value in key.items())]
 
     def add(self, cell: Cell) -> None:
-        self.known.append({**cell, "settings": self.settings})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(self.known[-1]) + "\n")
+            file.write(json.dumps({**cell, "settings": self.settings}) + "\n")
 
 
 def horizons(arm: str, size: Size, task: MadTask) -> dict[str, int]:
