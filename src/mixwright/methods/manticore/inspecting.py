@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from mixwright.composition.eval_mode import eval_mode
 from mixwright.errors import CatalogError
 from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.programming import context_limit
 from mixwright.training.gates import Findings, Gate
 from mixwright.training.job import Job
 
@@ -19,17 +19,6 @@ def inspect(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) 
     parts = [_described(model, number) for number in range(len(model.components))]
     gates = (_context(model, job), _identity(model, job))
     return Findings(record={"components": parts}, gates=gates)
-
-
-def context_limit(component: nn.Module) -> int | None:
-    """Positions that a component has; None where nothing in it says that there is an end."""
-    settings: Any = component.config
-    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _described(model: HybridModel, number: int) -> dict[str, Any]:
