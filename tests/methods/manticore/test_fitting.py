@@ -1,4 +1,4 @@
-"""Projectors fitted by least squares: nearer to the components' ensemble than identity, on tokens that were not seen."""
+"""Projectors fitted by least squares: nearer to the components' ensemble than identity, on tokens not seen before."""
 
 from types import SimpleNamespace
 from typing import Any

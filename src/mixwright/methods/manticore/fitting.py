@@ -8,8 +8,8 @@ boundary when it runs alone.
 channels can carry of all b_m together are the D first principal components of (b_1, ..., b_M), each component scaled to
 the same variance. They are turned to lie near sum_m alpha_m pad(b_m), so that a gate that moves later finds each
 component's channels roughly in their place. T_m being the part of that map for component m, Wout_m is fitted so that
-z_m comes to T_m b_m / alpha_m. After the last block there is no Win: heads read the stream as it is. There T maps to the
-vector whose mixed heads say what the ensemble of the components' logits says, as nearly as D channels can.
+z_m comes to T_m b_m / alpha_m. After the last block there is no Win: heads read the stream as it is. There T maps to
+the vector whose mixed heads say what the ensemble of the components' logits says, as nearly as D channels can.
 
 *Into a block.* Win_m is fitted so that x_m comes to b_m, given the stream that really arrives.
 
