@@ -21,8 +21,8 @@ class RoutedMixtureWeights(AbstractRouter):
     """alpha_t = softmax((a + S f_t) / tau): S is zero at first, where every bit is that of the static weights.
 
     f_t = rms_norm(mean over tokens 0..t of sum_m pad(E_m)), m being the components that the embedding allows: `embed`
-    gives E_m, in the row of the embedding; a row without it that comes first in a pass takes the stream itself. `prefix`
-    0: a choice for each token. Otherwise one for each sequence: the mean is of its first `prefix` real tokens, and
+    gives E_m, in the row of the embedding; a row without it that comes first in a pass takes the stream. `prefix` 0: a
+    choice for each token. Otherwise one for each sequence: the mean is of its first `prefix` real tokens, and
     tokens before that many are known have the static weights, so that no token depends on a later one. Not from the
     paper; every row shares f.
     """
