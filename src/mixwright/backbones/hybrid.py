@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mixwright.backbones.coroutine import coroutine_type
 from mixwright.backbones.hybrid_cache import HybridCache
 from mixwright.backbones.parts import parts_of, split
-from mixwright.backbones.session import Pass
+from mixwright.backbones.session import Pass, kept
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IGNORED = frozenset({"return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"})
@@ -45,6 +45,13 @@ class Slot(nn.Module):
         """
         assert self.current is not None, "a slot ran outside a pass of its hybrid"
         return self.current.run(self.number, component, hidden)
+
+    def sole(self) -> int:
+        """See `HybridBackbone.sole`."""
+        return self.fallback
+
+    def passed_over(self) -> None:
+        """Nothing is to be done."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The fallback's part of the pass."""
@@ -86,6 +93,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.blocks = nn.ModuleList(Slot(k + 1) for k in range(num_blocks))
         self.head = Slot(num_blocks + 1)
         self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
+        self._held: dict[int, tuple[nn.Module, Any, nn.Module, str]] = {}
         self.coroutine = coroutine_type(coroutines)
         self.config = _config(self)
         self.generation_config = _generation_config(self)
@@ -108,7 +116,12 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def stops(self, component: int) -> tuple[nn.Module, ...]:
         """The modules before which a component is suspended: the first layer of each block, and the head."""
         parts, model = self.parts[component], self.components[component]
-        return *(parts.layer(model, run[0]) for run in self.runs[component]), model.get_submodule(parts.head)
+        held = self._held.get(component)
+        if held is None or held[0] is not model:
+            path, _, name = parts.head.rpartition(".")
+            held = self._held[component] = (model, model.get_submodule(parts.layers), model.get_submodule(path), name)
+        _, layers, owner, name = held
+        return *(layers[run[0]] for run in self.runs[component]), getattr(owner, name)
 
     def forward(
         self,
@@ -130,16 +143,47 @@ class HybridBackbone(nn.Module, GenerationMixin):
         if cache is None and use_cache:
             cache = HybridCache()
         with self._pass(input_ids, attention_mask, position_ids, cache) as current:
-            hidden = self.embedding(input_ids.unsqueeze(-1).float())
-            for block in self.blocks:
-                hidden = block(hidden)
-            logits = self.head(_kept(hidden, logits_to_keep))
+            sole = self.sole()
+            if sole is None:
+                logits = self._mixed(input_ids, logits_to_keep)
+            else:
+                logits = current.whole(sole, logits_to_keep)
+                for stand in self.stands():
+                    stand.passed_over()  # type: ignore[operator]
             current.finish()
         loss = None
         if labels is not None:
             number = kwargs.get("num_items_in_batch")
             loss = ForCausalLMLoss(logits, labels, self.vocab_size, num_items_in_batch=number)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def stands(self) -> tuple[nn.Module, ...]:
+        """Who stands at the slots: the slots themselves, or mixtures."""
+        return self.embedding, *self.blocks, self.head
+
+    def sole(self) -> int | None:
+        """The component that everybody at the slots follows, if they know before the pass that they follow one.
+
+        It can then go in one go. Whoever stands at a slot may say so by a method `sole`, and is told by `passed_over`
+        that the pass went by; one whose calls somebody watches is called.
+        """
+        followed: int | None = None
+        for stand in self.stands():
+            ask: Any = getattr(stand, "sole", None)
+            watched = ask is None or stand._forward_hooks or stand._forward_pre_hooks
+            found = None if watched else ask()
+            if found is None or followed not in (None, found):
+                return None
+            followed = found
+        return followed
+
+    def _mixed(self, ids: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        hidden = self.embedding(ids.unsqueeze(-1).float())
+        for block in self.blocks:
+            hidden = block(hidden)
+        if isinstance(logits_to_keep, int):
+            return self.head(kept(hidden, logits_to_keep))
+        return self.head(hidden)[:, logits_to_keep]  # whoever mixes tokens differently must know which these are
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """That of every component, not reentrant unless asked."""
@@ -176,12 +220,8 @@ class HybridBackbone(nn.Module, GenerationMixin):
         return any(getattr(component, "_is_stateful", False) for component in self.components)
 
     def uncached(self) -> str | None:
-        """The name of a component that has no cache of transformers' today; a hybrid with it can't have one either."""
-        for component, parts, name in zip(self.components, self.parts, self.names):
-            supports = getattr(component, "_supports_default_dynamic_cache", lambda: False)
-            if parts.cache_name is None or not supports():
-                return name
-        return None
+        """The name of a component that keeps no cache that can be carried; a hybrid with it has none either."""
+        return next((name for parts, name in zip(self.parts, self.names) if parts.cache_name is None), None)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
@@ -206,13 +246,6 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Components choose how to run experts of their own."""
         return {}
-
-
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The tokens whose logits are wanted: the last few, those of a list, or all for 0."""
-    if isinstance(logits_to_keep, Tensor):
-        return hidden[:, logits_to_keep]
-    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
 
 
 def _refuse_strange(kwargs: Mapping[str, Any]) -> None:
