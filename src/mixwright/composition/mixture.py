@@ -77,8 +77,7 @@ class Mixture(nn.Module):
 
     def passed_over(self) -> None:
         """Note the routing of a pass that went by because `sole` had an answer."""
-        routing = self._settled() if self.channel.enabled else None
-        if routing is not None:
+        if self.channel.trace is not None and self.channel.enabled and (routing := self._settled()) is not None:
             self.channel.note(self.site, routing)
 
     def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
