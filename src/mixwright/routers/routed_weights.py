@@ -70,6 +70,7 @@ class RoutedMixtureWeights(AbstractRouter):
                     f"the cache holds {memory.unseen} tokens that these mixture weights have not seen; give the cache "
                     "that an earlier pass of this model returned, or none."
                 )
+            memory.visit(name)  # by which the cache knows that these tokens were seen
             memory.shared[name] = stream_mean(memory, name, self._fitted(x), real_tokens(x, condition), self.prefix)
         return memory.shared[name]
 
