@@ -115,7 +115,7 @@ class Pass:
             session = self.sessions[component] = self._session(component)
         if number == 0:
             return self._out(component, session.reach(0))
-        own = session.reach(number - 1)
+        own = session.reach(self.hybrid.place(component, number))
         out = session.go(own if hidden is None else _like(hidden, own))
         return self._out(component, out) if number <= self.last else self.logits(out)
 
