@@ -195,8 +195,9 @@ class HybridBackbone(nn.Module, GenerationMixin):
         followed: int | None = None
         for stand in self.stands():
             ask: Any = getattr(stand, "sole", None)
-            watched = ask is None or stand._forward_hooks or stand._forward_pre_hooks
-            found = None if watched else ask()
+            if ask is None or stand._forward_hooks or stand._forward_pre_hooks:
+                return None
+            found = ask()
             if found is None or followed not in (None, found):
                 return None
             followed = found
