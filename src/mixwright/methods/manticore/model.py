@@ -76,6 +76,12 @@ class HybridModel(ComposedModel):
     def head_weights(self, weights: Any) -> None:
         self.row(HEAD).set(torch.as_tensor(weights))
 
+    def discretise(self) -> None:
+        """Each row keeps the component with the largest weight, the earliest on a tie: one run of layers per block."""
+        for slot in self.mixtures:
+            row = self.row(slot)
+            row.set(torch.nn.functional.one_hot(row.weights().argmax(), len(self.experts)).float())
+
     def row(self, slot: str) -> MixtureWeights:
         """The mixture weights of a slot, of which input-dependent ones have the static part: `embedding`, `blocks.0`
         and so on, `head`."""
