@@ -69,7 +69,7 @@ def main() -> None:
     finally:
         result = {"budget": asdict(budget), "rates": shop.rates, "texts": shop.texts.sizes(), "cells": cells.found}
         where = {**surroundings(started), "command": "python -m benchmarks.hybrid_pretrained"}
-        write_json(RESULT, {**where, "seeds": given.seeds, **result})
+        write_json(RESULT, {**where, **result})
 
 
 if __name__ == "__main__":
