@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from mixwright.composition.eval_mode import eval_mode
 from mixwright.errors import CatalogError
 from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.cost import TOKENS, cost
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.programming import context_limit
 from mixwright.training.gates import Findings, Gate
 from mixwright.training.job import Job
 
@@ -25,17 +25,6 @@ def inspect(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) 
         gates=(gate, _context(model, job), _identity(model, job)),
         sentences=tuple(expected.text(job.recipe.data.max_length).splitlines()),
     )
-
-
-def context_limit(component: nn.Module) -> int | None:
-    """Positions that a component has; None where nothing in it says that there is an end."""
-    settings: Any = component.config
-    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _described(model: HybridModel, number: int) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
             paper_row = path in (EMBEDDING, "blocks.0", HEAD)
             row = shared if shared is not None and paper_row else _row(config, hybrid)
             if path == EMBEDDING and isinstance(row, RoutedMixtureWeights):
-                row = row.static  # there is no stream to look at yet
+                row.embed = run
             mixtures[path] = Mixture(None, row, experts)
     described = Composition(
         method=METHOD.name,
