@@ -26,7 +26,8 @@ from mixwright.training.objectives import supervised
 from mixwright.training.stage import Stage
 
 PLAIN, KEPT = "components in each step", "kept activations"
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box")
+_TEXT = "the quick brown fox jumps over a lazy dog while seven wizards box five quacking zebras"
+WORDS = tuple(_TEXT.split(" "))
 
 
 def hybrid(width: int, layers: int) -> HybridModel:

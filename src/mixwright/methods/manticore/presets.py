@@ -3,8 +3,8 @@
     from mixwright.methods.manticore.presets import PRESETS
     mw.train({"method": "manticore", "backbones": [...], "output_dir": ..., "data": {...}, **PRESETS["cpu-minutes"]})
 
-Each is `train` and `config` of a recipe, with the thresholds that stage *evaluate* checks. Budgets in time are estimates
-for pairs of the size that is named, and were not measured; stage *inspect* says what a pair costs.
+Each is `train` and `config` of a recipe, with the thresholds that stage *evaluate* checks. Budgets in time are
+estimates for pairs of the size that is named, and were not measured; stage *inspect* says what a pair costs.
 """
 
 from collections.abc import Mapping
