@@ -16,8 +16,8 @@ from mixwright.report.provenance import provenance
 _LICENCES = ("component", "spdx", "revision", "source")
 
 _AS_THEY_STAND = (
-    "Components alone are measured as they stand inside the hybrid; where training changed them there, that may be less "
-    "than what they might have become alone."
+    "Components alone are measured as they stand inside the hybrid; where training changed them there, that may be "
+    "less than what they might have become alone."
 )
 
 
