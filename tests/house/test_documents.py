@@ -26,7 +26,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what a reader is assumed to have: a backbone with its tokenizer, and two PEFT adapters."""
+    """A folder with what a reader is assumed to have: backbones with their tokenizer, and two PEFT adapters."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -34,8 +34,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from mixwright.backbones.tiny import tiny_backbone
 
     monkeypatch.chdir(tmp_path)
-    tiny_backbone("llama", seed=0).save_pretrained("my-backbone")
-    byte_tokenizer().save_pretrained("my-backbone")
+    for name, family in (("my-backbone", "llama"), ("my-neox", "gpt_neox"), ("my-mamba", "mamba2")):
+        tiny_backbone(family, seed=0).save_pretrained(name)
+        byte_tokenizer().save_pretrained(name)
     for seed, name in enumerate(("law", "code")):
         torch.manual_seed(seed)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -132,7 +132,7 @@ def copying(language: Language) -> CipherTask:
 
 
 def exclusive(language: Language) -> Suite:
-    """Each expert knows one cipher and the test needs exactly one expert (sheet e.3)."""
+    """Each expert knows one cipher and the test needs exactly one expert."""
     experts = tuple(CipherTask(f"cipher{a}", (a,)) for a in range(language.alphabets))
     return Suite("exclusive", experts, experts)
 

@@ -1,7 +1,7 @@
 """Scores of a model, example by example, so that two systems can be compared on the same ones.
 
 Token loss is that of the released PHATGOOSE code: a choice's score is the sum of its token losses, the end token
-included, over (number of tokens + 1e-6); a padded choice never wins, and the first of equals does (sheet a.7).
+included, over (number of tokens + 1e-6); a padded choice never wins, and the first of equals does.
 """
 
 from abc import ABC, abstractmethod

@@ -134,3 +134,17 @@ def test_a_changed_cut_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(data)
     with pytest.raises(CatalogError):
         mw.load(tmp_path / "small")
+
+
+@pytest.mark.parametrize("rows", ["own", "block"])
+def test_a_block_takes_the_embedding_and_the_head_with_it(rows: str) -> None:
+    built = [tiny_backbone("gpt_neox"), tiny_backbone("mamba2")]
+    model = mw.compose("manticore", backbones=built, num_blocks=2, rows=rows)
+    assert isinstance(model, HybridModel)
+    model.mixture_weights = ((0.4, 0.6), (0.7, 0.3))
+    if rows == "own":
+        model.embedding_weights, model.head_weights = (0.9, 0.1), (0.1, 0.9)
+    model.discretise()
+    assert model.mixture_weights.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert model.embedding_weights.tolist() == [0.0, 1.0]
+    assert model.head_weights.tolist() == ([1.0, 0.0] if rows == "own" else [0.0, 1.0])

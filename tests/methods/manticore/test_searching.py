@@ -121,7 +121,7 @@ def test_bilevel_refuses_data_that_is_missing_or_shared(pair: list[Any], tmp_pat
 def test_the_schedule_ends_with_the_optimiser_steps(
     accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not with the passes, nor with the examples over some batch size (sheet, d.6)."""
+    """Not with the passes, nor with the examples over some batch size."""
     rates: list[float] = []
     plain = updating.set_rate
     monkeypatch.setattr(

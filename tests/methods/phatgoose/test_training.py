@@ -85,7 +85,7 @@ def test_at_a_zero_gate_every_site_has_exactly_half_of_the_expert(gated: Compose
 
 
 def test_the_gate_starts_as_a_sum_of_its_inputs_weighed_by_usefulness(gated: ComposedModel) -> None:
-    """dL/dv = 1/4 s sum_t <dL/dh_t, B A u_t> u_t at v = 0 (sheet, a.3)."""
+    """dL/dv = 1/4 s sum_t <dL/dh_t, B A u_t> u_t at v = 0."""
     path = "model.layers.1.self_attn.v_proj"
     mixture = gated.mixtures[path]
     kept: dict[str, Tensor] = {}

@@ -82,9 +82,9 @@ class ManticoreConfig:
     """Whether *tune* starts from pretrained components and aligned projectors again (the paper), or goes on."""
     train_components: bool = True
     """Whether components learn in search, tune and discretise; without, only what joins them does. Frozen components
-    want mixture weights that depend on the input: static ones lost a skill (sheet, d.10)."""
+    want mixture weights that depend on the input: static ones lost a skill."""
     discretise_steps: Steps = 0
-    """Optimiser steps after each row was cut to its largest weight; 0 leaves the hybrid soft."""
+    """Optimiser steps after each block was cut to its largest weight; 0 leaves the hybrid soft."""
     discretise_tolerance: Share = 0.1
     """Gate of *discretise*: nats per token that it may be worse than the soft hybrid."""
     learning_rate: Rate = 2e-4

@@ -1,7 +1,7 @@
 """What a hybrid costs, before anything is run for long: numbers, operations, memory, and what decoding keeps.
 
 Un-discretised inference costs the sum of the components that act somewhere, weights and operations both, and the
-projectors: K sum_m (2 D d_m + D + d_m) numbers and 2 sum_k sum_m D d_m multiplications per token (sheet, a.9).
+projectors: K sum_m (2 D d_m + D + d_m) numbers and 2 sum_k sum_m D d_m multiplications per token.
 """
 
 from collections.abc import Iterator, Sequence

@@ -77,10 +77,12 @@ class HybridModel(ComposedModel):
         self.row(HEAD).set(torch.as_tensor(weights))
 
     def discretise(self) -> None:
-        """Each row keeps the component with the largest weight, the earliest on a tie: one run of layers per block."""
-        for slot in self.mixtures:
-            row = self.row(slot)
-            row.set(torch.nn.functional.one_hot(row.weights().argmax(), len(self.experts)).float())
+        """Each block keeps the component with the largest weight, the earliest on a tie: one run of layers per block.
+
+        The embedding is then that of the first block's, and the head that of the last's: a block understands its own
+        component's embedding best, whatever weight that had in a mixture.
+        """
+        self.mixture_weights = torch.nn.functional.one_hot(self.mixture_weights.argmax(-1), len(self.experts))
 
     def row(self, slot: str) -> MixtureWeights:
         """The mixture weights of a slot, of which input-dependent ones have the static part: `embedding`, `blocks.0`

@@ -1,4 +1,4 @@
-"""A discretised hybrid without what it does not use: one run of layers per block, and nothing else (sheet, e.4).
+"""A discretised hybrid without what it does not use: one run of layers per block, and nothing else.
 
 Which component owns a slot is read off the mixture weights. A component keeps the layers of its blocks, renumbered;
 the embedding, the last norm and the head only where it owns the slot that reads them; and no projector is left, since a

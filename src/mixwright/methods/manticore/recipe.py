@@ -1,4 +1,4 @@
-"""How Manticore trains: *inspect*, *align*, *search*, *tune*, *discretise*, *evaluate* (sheet, a.5 and i.4).
+"""How Manticore trains: *inspect*, *align*, *search*, *tune*, *discretise*, *evaluate*.
 
 Each stage starts from what the one before left, on the same day or another, proves that what it must not touch stood
 still, and says what it showed before the next builds on it.

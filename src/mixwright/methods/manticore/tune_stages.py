@@ -52,7 +52,7 @@ class Tune:
 
 
 class Discretise:
-    """One component for each row, the one with the largest weight, retrained. Not in the paper's headline runs."""
+    """One component for each block, the one with the largest weight, retrained. Not in the paper's headline runs."""
 
     def __init__(self, config: ManticoreConfig) -> None:
         self.config = config

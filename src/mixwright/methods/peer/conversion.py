@@ -1,4 +1,4 @@
-"""A backbone's feed-forward layers become PEER layers, stepwise (sheet, j.5):
+"""A backbone's feed-forward layers become PEER layers, stepwise:
 
 1. beside each layer stands one of its own neurons, with rows out of zero: neutral to the bit;
 2. the neurons are clustered onto the grid, and the keys fitted to the oracle's choice on calibration text;

@@ -1,4 +1,4 @@
-"""A feed-forward layer as a PEER layer: its hidden neurons are the experts (sheet, j.5)."""
+"""A feed-forward layer as a PEER layer: its hidden neurons are the experts."""
 
 import torch
 from jaxtyping import Float, Int

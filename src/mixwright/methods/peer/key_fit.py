@@ -1,4 +1,4 @@
-"""Keys that find what an oracle would: the neurons of a layer that move its output most (sheet, j.5).
+"""Keys that find what an oracle would: the neurons of a layer that move its output most.
 
 The oracle knows every neuron's activation, which is what retrieval is to save. Queries and sub-keys learn its choice
 from the inputs that the layer met on calibration text; nothing else changes.
