@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ class LayerState:
 
 def decode_state(model: nn.Module) -> tuple[LayerState, ...]:
     """The state of every layer, as the model's own cache has it after two short texts; empty where it keeps none."""
-    sizes = [_sizes(_cache(model, tokens)) for tokens in (_SHORT, _LONG)]
-    windows = [getattr(layer, "sliding_window", None) for layer in getattr(_cache(model, 1), "layers", ())]
+    short_sizes, long_sizes = _sizes(_cache(model, _SHORT)), _sizes(_cache(model, _LONG))
+    windows = [getattr(layer, "sliding_window", None) for layer in getattr(_cache(model, _LONG), "layers", ())]
     found: list[LayerState] = []
-    for short, long, window in zip_longest(*sizes, windows, fillvalue=0):
+    for short, long, window in zip(short_sizes, long_sizes, windows, strict=True):
         per_token = (long - short) // (_LONG - _SHORT)
         width = window if isinstance(window, int) and window > 0 else None
         found.append(LayerState(per_token, short - per_token * _SHORT, width if per_token else None))

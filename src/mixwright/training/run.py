@@ -124,7 +124,7 @@ def _timed(job: Job, stage: Stage, model: nn.Module, data: Batches) -> float | N
 
 
 def _cost_of(model: nn.Module) -> str:
-    counted = getattr(type(model), "cost", None)
+    counted: Any = getattr(type(model), "cost", None)
     return str(counted(model).text()) if callable(counted) else ""
 
 
