@@ -1,5 +1,6 @@
 """The calls a user makes: `mw.compose`, `mw.train`, `mw.load`, `mw.evaluate`. Only here methods meet the rest."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def train(
     job = open_job(settings, texts, backbone, tokenizer)
     request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
     if card.trains == "composition":
-        return train_composition(job, stages, lambda folder, base: artifact.load(folder, backbone=base), request)
+        return train_composition(job, stages, _onto, request)
     shelf = open_shelf(settings, backbone)
     report = train_expert(job, shelf, stages, request)
     if not dry_run and stage in (None, stages[-1].name):
@@ -107,7 +108,7 @@ def train(
 def load(
     folder_or_repo: str | Path,
     *,
-    backbone: nn.Module | str | Path | None = None,
+    backbone: artifact.Given | Sequence[artifact.Given | None] | None = None,
     revision: str | None = None,
     device_map: Any = None,
     dtype: Any = None,
@@ -258,6 +259,11 @@ def _backbones(card: Method, one: Any, several: Sequence[Any] | None) -> Sequenc
     if several is not None or one is None:
         raise ValueError(f"{card.name} composes one model: compose({card.name!r}, backbone=...).")
     return [one]
+
+
+def _onto(folder: str, base: nn.Module) -> ComposedModel:
+    """A saved composition on the backbone of a run; several models are trained themselves, so copies of theirs are."""
+    return artifact.load(folder, backbone=copy.deepcopy(base) if isinstance(base, nn.ModuleList) else base)
 
 
 def _tokenizer(model: ComposedModel) -> Any:

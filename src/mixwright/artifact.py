@@ -1,6 +1,7 @@
 """A saved composition becomes a model again: its folder is checked, its backbone recognised, its mixtures put back."""
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ from torch import Tensor, nn
 from mixwright import config as configuration
 from mixwright.backbones.hf import fetch, load_backbone
 from mixwright.catalog.document import parse
+from mixwright.composition.components import FOLDER as COMPONENTS
+from mixwright.composition.components import read_component
+from mixwright.composition.ledger import LEDGER, TEXTS, read_entries
 from mixwright.composition.model import ComposedModel, Composition
-from mixwright.composition.saving import ADDED, COMPOSITION, FORMAT, LOCK, StoredComposition
+from mixwright.composition.saving import (
+    ADDED,
+    COMPOSITION,
+    FORMAT,
+    LOCK,
+    StoredBackbone,
+    StoredComponent,
+    StoredComposition,
+)
 from mixwright.errors import CatalogError, IncompatibleExpert
 from mixwright.files import read_regular, sha256_bytes
 from mixwright.methods.base import Method
@@ -19,6 +31,8 @@ from mixwright.methods.base import load as load_method
 from mixwright.ops.digest import fingerprint
 from mixwright.yaml12 import parse_yaml
 
+Given = nn.Module | str | Path
+_FILES = (COMPOSITION, ADDED, LOCK, LEDGER, f"{COMPONENTS}/*", f"{TEXTS}/*", "tokenizer*", "special_tokens*", "*.jinja")
 _HEADER_LIMIT = 1 << 24
 _TEXT_LIMIT = 1 << 24
 _ADDED_LIMIT = 1 << 40
@@ -29,7 +43,7 @@ _TABLE_DTYPES = _DTYPES | {"I8", "U8"}
 def load(
     folder_or_repo: str | Path,
     *,
-    backbone: nn.Module | str | Path | None = None,
+    backbone: Given | Sequence[Given | None] | None = None,
     revision: str | None = None,
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
@@ -37,18 +51,23 @@ def load(
     """The model that `save_pretrained` wrote, from its folder or a hub repository (at `revision`).
 
     `backbone`: a model, folder or hub id to use in place of the one that the composition names; it must be the same
-    backbone (its fingerprint is compared). Routing is the same as before saving, to the bit where the dtype is.
+    backbone (its fingerprint is compared). Where it stands on several: a list of them in the order of its components,
+    None for one that is to be found by itself; those whose weights lie in the folder are always read there. Routing is
+    the same as before saving, to the bit where the dtype is.
     Raises CatalogError: PATH, JSON, CONFIG, VERSION, HASH, HEADER, DTYPE, VALUE, TENSOR, SHAPE for a folder that is
     not what was written; IncompatibleExpert (BASE) for another backbone. A backbone that was given is then unchanged.
     """
     name = str(folder_or_repo)
-    folder = fetch(folder_or_repo, revision, (COMPOSITION, ADDED, LOCK))
+    folder = fetch(folder_or_repo, revision, _FILES)
     stored = read_composition(folder, name)
     card, settings = _method(stored, name)
     lock = parse(_read(folder, LOCK, name), f"{name}/{LOCK}")
     state = read_added(folder, lock, name)
-    model = _backbone(stored, backbone, device_map, dtype)
-    _recognise(model, stored, name)
+    if stored.components:
+        model = _several(stored, folder, lock, backbone, {"device_map": device_map, "dtype": dtype}, name)
+    else:
+        model = _backbone(stored.backbone, _one(backbone), device_map, dtype)
+        _recognise(model, stored.backbone, name)
     composed = card.restore(settings, model, state, stored.pool)
     composed.composition = Composition(
         method=stored.method,
@@ -56,6 +75,7 @@ def load(
         backbone={f.name: getattr(stored.backbone, f.name) for f in fields(stored.backbone)},
         experts=tuple(lock.get("experts", ())),
         citation=card.paper.bibtex,
+        ledger=read_entries(folder) if stored.components else {},
     )
     _all_used(composed, state, name)
     if stored.active is not None:
@@ -135,28 +155,81 @@ def _read(folder: Path, file: str, name: str, limit: int = _TEXT_LIMIT) -> bytes
         ) from error
 
 
-def _backbone(stored: StoredComposition, given: Any, device_map: Any, dtype: Any) -> nn.Module:
+def _several(
+    stored: StoredComposition, folder: Path, lock: dict[str, Any], given: Any, placed: dict[str, Any], name: str
+) -> nn.ModuleList:
+    """The components, in order; each is what it was."""
+    count = len(stored.components)
+    listed: Any = [None] * count if given is None else given
+    if isinstance(listed, str | Path) or not isinstance(listed, Sequence | nn.ModuleList) or len(listed) != count:
+        names = ", ".join(component.name for component in stored.components)
+        raise ValueError(f"backbone: this composition is made of {count} models ({names}); give a list of {count}.")
+    if [component.name for component in stored.components] != list(stored.pool):
+        raise CatalogError("CONFIG", name, f"{COMPOSITION}: the names of its components are not those of its pool.")
+    parts = zip(stored.components, listed, strict=True)
+    return nn.ModuleList(
+        _component(at, component, folder, lock, one, placed, name) for at, (component, one) in enumerate(parts)
+    )
+
+
+def _component(
+    at: int, stored: StoredComponent, folder: Path, lock: dict[str, Any], given: Any, placed: dict[str, Any], name: str
+) -> nn.Module:
+    where = f"{name}: component {stored.name!r}"
+    if stored.folder is None:
+        if given is None and not stored.backbone.path:
+            raise ValueError(
+                f"component {stored.name!r} was built in memory; pass it: load(folder, backbone=[...]), one for each "
+                "component, None for those that are found by themselves."
+            )
+        model = _backbone(stored.backbone, given, **placed)
+        _recognise(model, stored.backbone, where)
+        return model
+    if stored.folder != f"{COMPONENTS}/{at}":
+        raise CatalogError("PATH", where, f"it says its weights lie in {stored.folder[:80]!r}, not {COMPONENTS}/{at}.")
+    files = {file: known for file, known in _kept(lock, name).items() if file.startswith(f"{stored.folder}/")}
+    wanted = {**placed, "dtype": placed["dtype"] or stored.backbone.dtype}
+    model = read_component((folder / stored.folder), where, files, **wanted)
+    kept = replace(stored.backbone, fingerprint=str(stored.fingerprint), path=stored.folder)
+    _recognise(model, kept, where)
+    return model
+
+
+def _kept(lock: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    files: Any = lock.get("components")
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        raise CatalogError("CONFIG", name, f"{LOCK} does not list the files of its components.")
+    return files
+
+
+def _one(given: Any) -> Any:
+    if given is not None and not isinstance(given, nn.Module | str | Path):
+        raise ValueError("backbone: this composition stands on one model; give a model, a folder or a hub id.")
+    return given
+
+
+def _backbone(stored: StoredBackbone, given: Any, device_map: Any, dtype: Any) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
-    if given is None and not stored.backbone.path:
+    if given is None and not stored.path:
         raise ValueError("the backbone of this composition was built in memory; pass it: load(folder, backbone=model).")
     return load_backbone(
-        given or stored.backbone.path,
-        revision=None if given is not None else stored.backbone.revision,
-        dtype=dtype or stored.backbone.dtype,
-        kind=stored.backbone.kind,
+        given or stored.path,
+        revision=None if given is not None else stored.revision,
+        dtype=dtype or stored.dtype,
+        kind=stored.kind,
         device_map=device_map,
     )
 
 
-def _recognise(backbone: nn.Module, stored: StoredComposition, name: str) -> None:
+def _recognise(backbone: nn.Module, stored: StoredBackbone, name: str) -> None:
     found = fingerprint(backbone)
-    if found != stored.backbone.fingerprint:
+    if found != stored.fingerprint:
         raise IncompatibleExpert(
             "BASE",
             name,
-            f"it stands on {stored.backbone.architecture} {stored.backbone.path!r} with the fingerprint "
-            f"{stored.backbone.fingerprint}; this backbone has {found}. Give the backbone that it was composed on.",
+            f"it stands on {stored.architecture} {stored.path!r} with the fingerprint "
+            f"{stored.fingerprint}; this backbone has {found}. Give the backbone that it was composed on.",
         )
 
 

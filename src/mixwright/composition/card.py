@@ -20,15 +20,15 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
     name = stored.backbone.path or stored.backbone.architecture
     revision = f" at `{stored.backbone.revision}`" if stored.backbone.revision else ""
     unnamed = not stored.pool  # experts that go by number, such as neurons
-    counted = f"{_plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
-    count = _plain(stored.method) if unnamed else counted
+    counted = f"{plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
+    count = plain(stored.method) if unnamed else counted
     lines = [
         f"---\n{write_yaml(_metadata(stored, experts))}---",
         "",
-        f"# {count} on {_plain(name)}",
+        f"# {count} on {plain(name)}",
         "",
-        f"A composition made with mixwright by the method *{_plain(stored.method)}*. The backbone, "
-        f"`{_plain(name)}`{revision}, is not in this folder; its fingerprint is `{stored.backbone.fingerprint}`.",
+        f"A composition made with mixwright by the method *{plain(stored.method)}*. The backbone, "
+        f"`{plain(name)}`{revision}, is not in this folder; its fingerprint is `{stored.backbone.fingerprint}`.",
         "",
         "```python",
         "import mixwright as mw",
@@ -42,7 +42,7 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         *(_unnamed_text(stored) if unnamed else ()),
         "## Settings" if unnamed else "## Routing",
         "",
-        *(f"- `{_plain(key)}`: {_plain(value)}" for key, value in stored.config.items() if key != "tasks"),
+        *(f"- `{plain(key)}`: {plain(value)}" for key, value in stored.config.items() if key != "tasks"),
     ]
     if composition.citation:
         lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
@@ -55,7 +55,7 @@ def _tasks(stored: "StoredComposition") -> list[str]:
 
 
 def _with_task(tasks: Sequence[str]) -> list[str]:
-    return [f"with model.with_task({json.dumps(_plain(tasks[0]))}):", "    outputs = model(**inputs)"] if tasks else []
+    return [f"with model.with_task({json.dumps(plain(tasks[0]))}):", "    outputs = model(**inputs)"] if tasks else []
 
 
 def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
@@ -64,9 +64,9 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
         "",
         f"{len(stored.pool)} latent experts were trained in this composition, together on these tasks:",
         "",
-        *(f"- {_plain(task)}" for task in tasks),
+        *(f"- {plain(task)}" for task in tasks),
         "",
-        f"Their licence: {_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
+        f"Their licence: {plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may "
         "bind as well.",
         "",
     ]
@@ -75,7 +75,7 @@ def _tasks_text(stored: "StoredComposition", tasks: Sequence[str]) -> list[str]:
 def _unnamed_text(stored: "StoredComposition") -> list[str]:
     return [
         f"Its experts are part of it: they were made for this backbone, have no names and go by number. Their licence: "
-        f"{_plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may bind as well.",
+        f"{plain(_own_licence(stored) or 'not stated')}. Those of the backbone and of the texts may bind as well.",
         "",
     ]
 
@@ -101,15 +101,15 @@ def _experts_text(experts: Sequence[Mapping[str, Any]]) -> list[str]:
 def adapter_card(title: str, backbone: Mapping[str, Any], composition: "Composition") -> str:
     """The text of README.md for one routing of a composition that was written as a PEFT adapter."""
     path = str(backbone.get("path") or "")
-    base = f"`{_plain(path or backbone.get('architecture', 'the backbone'))}`"
+    base = f"`{plain(path or backbone.get('architecture', 'the backbone'))}`"
     metadata: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "mixwright", composition.method]}
     lines = [
         f"---\n{write_yaml(metadata | _on_hub(path))}---",
         "",
-        f"# {_plain(title)}",
+        f"# {plain(title)}",
         "",
         f"An ordinary LoRA for {base} (fingerprint `{backbone['fingerprint']}`), which acts exactly as a composition "
-        f"made with mixwright by the method *{_plain(composition.method)}* does under this one routing. Its factors "
+        f"made with mixwright by the method *{plain(composition.method)}* does under this one routing. Its factors "
         "hold the routing weights; no router is needed.",
         "",
         "```python",
@@ -144,9 +144,9 @@ def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]])
 
 def _row(expert: Mapping[str, Any]) -> str:
     source = expert.get("source") or {}
-    place = _plain(source.get("name", "")) if source.get("kind") != "folder" else "a local folder"
+    place = plain(source.get("name", "")) if source.get("kind") != "folder" else "a local folder"
     if source.get("revision"):
-        place += f" @ {_plain(source['revision'])[:12]}"
+        place += f" @ {plain(source['revision'])[:12]}"
     cells = (
         expert.get("id", ""),
         expert.get("task") or "",
@@ -154,7 +154,7 @@ def _row(expert: Mapping[str, Any]) -> str:
         place,
         _gain(expert),
     )
-    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell) for cell in cells) + " |"
 
 
 def _gain(expert: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def _gain(expert: Mapping[str, Any]) -> str:
     return f"{gain['value']:.3f} nats per token{interval}"
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """One line of text that is no markup: it comes from third parties."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:200]
     return line.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

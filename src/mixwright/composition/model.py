@@ -31,7 +31,8 @@ class Composition:
     """What a composed model is made of, in words that can be written down; see `saving` for where they go.
 
     `config` is the method's. `backbone` has `path`, `revision`, `kind` and `architecture`. `experts` are the cards of
-    the catalogue as plain data. `citation` is BibTeX.
+    the catalogue as plain data, or the models that were composed. `citation` is BibTeX. `ledger`: what is known of the
+    licences of the latter, from the folder that they were loaded from.
     """
 
     method: str = ""
@@ -39,6 +40,7 @@ class Composition:
     backbone: Mapping[str, Any] = field(default_factory=dict[str, Any])
     experts: Sequence[Mapping[str, Any]] = ()
     citation: str = ""
+    ledger: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class ComposedModel(nn.Module):
@@ -48,6 +50,7 @@ class ComposedModel(nn.Module):
     current pass live in a channel that the mixtures share. Whatever is not found here is asked of the backbone.
     `probe`: what is known of the sites; without it the backbone is run once to find out. Raises IncompatibleExpert for
     a site that the backbone never calls. `whole`: tensors about the model that belong to no site, saved with it.
+    `tokenizer`: saved beside a model made of several, where it was given one.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class ComposedModel(nn.Module):
         self.channel = Channel()
         self._sites = tuple(mixtures)
         self.whole: dict[str, Tensor] = {}
+        self.tokenizer: Any = None
         self._given = Condition()
         self._in_pass = False
         self._active: tuple[str, ...] | None = None
@@ -242,6 +246,12 @@ class ComposedModel(nn.Module):
         }
         held = {name: self._allowed.get(name, tensor).to(tensor.device) for name, tensor in state.items()}
         return held | {f"whole.{name}": tensor for name, tensor in self.whole.items()}
+
+    def acts_at(self, expert: str) -> tuple[str, ...]:
+        """The sites at which an expert may act: where the router's mask, if it has one, lets it be chosen."""
+        at = self.index(expert)
+        masks = {site: _masks(mixture.router).values() for site, mixture in self.mixtures.items()}
+        return tuple(site for site, found in masks.items() if not found or any(bool(mask[at]) for mask in found))
 
     def kept_tensors(self) -> list[Tensor]:
         """What `save_pretrained` writes, so that it may be trained."""

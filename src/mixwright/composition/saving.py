@@ -1,5 +1,8 @@
 """A composition on disk: four files in a folder that appears whole or not at all. The backbone is named, not copied.
 
+One that is made of several models has more beside them: components that training changed, the licence ledger with
+NOTICE and texts, and the tokenizer.
+
 `composition.yaml` says what it is, `added.safetensors` holds every tensor that is not the backbone's,
 `experts.lock.json` says where each expert came from and what its bytes were, and `README.md` is the card for people
 and for the hub.
@@ -12,13 +15,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixwright.catalog.document import render
 from mixwright.composition.card import card_text
+from mixwright.composition.component_card import components_card
+from mixwright.composition.components import FOLDER as COMPONENTS
+from mixwright.composition.components import Part, dtype_of, ledger_of, parts_in, write_component, write_tokenizer
+from mixwright.composition.ledger import Ledger
 from mixwright.config import encode
 from mixwright.errors import CatalogError
 from mixwright.files import sha256_file, staged_folder, write_new
+from mixwright.ops.digest import fingerprint
 from mixwright.yaml12 import write_yaml
 
 if TYPE_CHECKING:
@@ -50,6 +58,20 @@ class StoredBackbone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredComponent:
+    """One of several pretrained models that a saved composition is made of."""
+
+    name: str
+    """Its expert id."""
+    backbone: StoredBackbone
+    """As it was pretrained."""
+    folder: str | None = None
+    """Where its weights lie beside this file; null where they are as pretrained."""
+    fingerprint: str | None = None
+    """Of the weights in `folder`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredComposition:
     """The content of `composition.yaml`."""
 
@@ -67,6 +89,8 @@ class StoredComposition:
     """The method's configuration."""
     active: tuple[str, ...] | None = None
     """Experts that the routers may choose; null: all."""
+    components: tuple[StoredComponent, ...] = ()
+    """The pretrained models that the backbone is made of, in the order of `pool`; none where it is one model."""
 
 
 def save(model: "ComposedModel", folder: Path) -> None:
@@ -80,39 +104,72 @@ def save(model: "ComposedModel", folder: Path) -> None:
         raise CatalogError("PATH", str(folder), "this is in use and holds no composition; give a new or empty folder.")
     with staged_folder(folder, replace=taken) as staging:
         write_files(model, staging)
+        for path in staging.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' own files are the owner's alone
 
 
 def write_files(model: "ComposedModel", folder: Path) -> None:
-    """The four files, into an empty folder."""
+    """The files, into an empty folder. Raises CatalogError (LICENCE) where nobody says a component's licence."""
     from safetensors.torch import save_file
 
+    ledger = ledger_of(model)
     save_file(_separate(model.added_state()), folder / ADDED, metadata={"format": "pt"})
     stored = stored_composition(model)
-    write_new(folder / COMPOSITION, write_yaml(encode(stored)).encode())
+    if stored.components:
+        _write_components(model, stored, ledger, folder)
+    write_new(folder / COMPOSITION, write_yaml(_encoded(stored)).encode())
     write_new(folder / LOCK, render(_lock(model, folder)))
-    write_new(folder / CARD, card_text(stored, model.composition).encode())
+    card = components_card(stored, model.composition, ledger) if stored.components else None
+    write_new(folder / CARD, (card or card_text(stored, model.composition)).encode())
+
+
+def _write_components(model: "ComposedModel", stored: StoredComposition, ledger: Ledger, folder: Path) -> None:
+    for component, part in zip(stored.components, parts_in(model)):
+        if component.folder is not None:
+            write_component(part, folder / component.folder)
+    for name, data in ledger.files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_new(folder / name, data)
+    write_tokenizer(model, folder)
+
+
+def _encoded(stored: StoredComposition) -> dict[str, Any]:
+    plain = encode(stored)
+    return plain if stored.components else {key: value for key, value in plain.items() if key != "components"}
 
 
 def stored_composition(model: "ComposedModel") -> StoredComposition:
     """What `composition.yaml` says of a model."""
     known = model.composition.backbone
-    dtype = next((p.dtype for p in model.backbone.parameters() if p.is_floating_point()), None)
     return StoredComposition(
         format=FORMAT,
         mixwright=_version(),
         method=model.composition.method,
-        backbone=StoredBackbone(
-            path=str(known.get("path") or ""),
-            fingerprint=model.fingerprint,
-            revision=known.get("revision"),
-            kind=str(known.get("kind") or "auto"),
-            architecture=str(known.get("architecture") or type(model.backbone).__name__),
-            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        ),
+        backbone=_stored_backbone(known, model.fingerprint, model.backbone),
         pool=model.experts,
         config=dict(model.composition.config),
         active=None if model.active == model.experts else model.active,
+        components=tuple(_stored_component(at, part) for at, part in enumerate(parts_in(model))),
     )
+
+
+def _stored_backbone(known: Mapping[str, Any], mark: str, model: nn.Module) -> StoredBackbone:
+    return StoredBackbone(
+        path=str(known.get("path") or ""),
+        fingerprint=mark,
+        revision=known.get("revision"),
+        kind=str(known.get("kind") or "auto"),
+        architecture=str(known.get("architecture") or type(model).__name__),
+        dtype=dtype_of(model),
+    )
+
+
+def _stored_component(at: int, part: Part) -> StoredComponent:
+    origin = _stored_backbone(part.origin, str(part.origin["fingerprint"]), part.model)
+    if not part.changed:
+        return StoredComponent(name=part.name, backbone=origin)
+    kept, mark = f"{COMPONENTS}/{at}", fingerprint(part.model)
+    return StoredComponent(name=part.name, backbone=origin, folder=kept, fingerprint=mark)
 
 
 def push(
@@ -144,12 +201,17 @@ def push(
 def _lock(model: "ComposedModel", folder: Path) -> dict[str, Any]:
     """Each expert's source, licence and files with their SHA-256, and the digest of the added tensors."""
     kept = ("id", "licence", "task", "source", "backbone", "base_model", "files")
-    added = folder / ADDED
+    inside = sorted(path for path in (folder / COMPONENTS).rglob("*") if path.is_file())
     return {
         "format": FORMAT,
-        "added": {ADDED: {"sha256": sha256_file(added), "bytes": added.stat().st_size}},
+        "added": {ADDED: _record(folder / ADDED)},
         "experts": [{key: expert[key] for key in kept if key in expert} for expert in model.composition.experts],
+        **({"components": {p.relative_to(folder).as_posix(): _record(p) for p in inside}} if inside else {}),
     }
+
+
+def _record(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
 def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,18 @@ HARDEST: Mapping[str, MadTask] = {
 }
 """The settings of Manticore's table, without compression, which needs a decoder of its own."""
 
+SMALL: Mapping[str, MadTask] = {
+    task.name: task
+    for task in (
+        SelectiveCopy(16, 32, 5),
+        InContextRecall(32, 32),
+        InContextRecall(24, 32, noise_tokens=8, noise=0.3),
+        FuzzyRecall(16, 32, 2),
+        Memorisation(4096, 4, num_train=12_800),
+    )
+}
+"""Short sequences on which models of some 60,000 parameters differ after a few hundred steps of 32 examples."""
+
 
 def mad_batches(
     task: MadTask, *, batch_size: int, seed: int, split: Split = "train", count: int | None = None

@@ -35,6 +35,10 @@ class MadExamples:
     def __getitem__(self, rows: slice) -> "MadExamples":
         return MadExamples(self.tokens[rows], self.targets[rows], self.last_state)
 
+    def to(self, device: torch.device | str) -> "MadExamples":
+        """The same examples on another device."""
+        return MadExamples(self.tokens.to(device), self.targets.to(device), self.last_state)
+
     def causal(self) -> Batch:
         """A batch for a causal model. Raises ValueError for compression, which asks more than the next token."""
         if self.last_state:

@@ -33,6 +33,16 @@ def tensor_digest(model: nn.Module) -> dict[str, str]:
     return {name: digest_of_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
+def weights_digest(model: nn.Module) -> str:
+    """One SHA-256 of all parameters and buffers that are saved, with their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def digest_of_tensor(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -29,6 +29,9 @@ class ManticoreConfig:
     """Names of the components, in order; None: the last part of their paths."""
     mixture_weights: tuple[tuple[float, ...], ...] | None = None
     """K rows of mixture weights to start from, or to keep where nothing is searched; None: uniform."""
+    licences: dict[str, str] | None = None
+    """SPDX id or expression of a component's licence, by its name, where its folder does not say it or says it wrong.
+    Composing and running ask for none; a hybrid with a component whose licence is unknown is not saved."""
     seed: Annotated[int, Ge(0)] = 0
     """Where the projectors' initial values start."""
     search: Literal["darts", "alternating", "bilevel", "gaea", "gumbel", "drnas", "grid", "halving"] = "darts"

@@ -11,13 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.backbones.hf import provenance
+from mixwright.composition.components import dtype_of, ledger_of
+from mixwright.composition.ledger import Ledger
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.probe import Probe, Seen
 from mixwright.experts.base import AbstractExperts
 from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
 from mixwright.methods.manticore.config import METHOD, ManticoreConfig
-from mixwright.ops.digest import fingerprint
+from mixwright.ops.digest import fingerprint, weights_digest
 from mixwright.routers.mixture_weights import MixtureWeights
 
 if TYPE_CHECKING:
@@ -76,6 +78,13 @@ class HybridModel(ComposedModel):
         router = self.mixtures[slot].router
         assert isinstance(router, MixtureWeights)
         return router
+
+    def ledger(self) -> Ledger:
+        """Every component's licence, where it was read, and what they ask together.
+
+        Raises CatalogError (LICENCE) where nobody says it; state it: `licences={name: SPDX}` of the config.
+        """
+        return ledger_of(self)
 
     def kept_tensors(self) -> list[Tensor]:
         """Components are saved too, where training changed them."""
@@ -159,4 +168,5 @@ def copies(components: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _entry(name: str, component: nn.Module) -> dict[str, Any]:
     known = provenance(component)
-    return {"id": name, "backbone": {**known, "fingerprint": fingerprint(component)}}
+    weights = {"fingerprint": fingerprint(component), "digest": weights_digest(component), "dtype": dtype_of(component)}
+    return {"id": name, "backbone": {**known, **weights}}
