@@ -14,6 +14,7 @@ _EXAMPLE = (
     "mixwright probe gpt_neox",
     "mixwright probe my-backbone --json",
     "mixwright probe --all --report families.json --report families.md",
+    "mixwright probe --all --report families.json --resume",
 )
 
 
@@ -23,8 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def probe(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[FAMILY-OR-FOLDER]", help="A model type of transformers, or a model.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FAMILY-OR-FOLDER]...", help="Model types of transformers, or models."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every causal family that transformers lists.")] = False,
     limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds that one family may take.")] = 120.0,
@@ -32,37 +34,40 @@ def probe(
         list[str] | None,
         typer.Option("--report", metavar="FILE", help="Write what was found, .json or .md; may stand several times."),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the .json report holds already.")] = False,
     as_json: Json = False,
 ) -> None:
     """Try what a family can do in a hybrid: identity, backward, decoding, generate, padding, checkpointing, pruning.
 
     A tiny random model is made of the family's defaults, or of a folder's config, and mixed with a tiny GPT-NeoX. The
-    verdict is supported, limited or unsupported (exit code 3), with the reasons.
+    verdict is supported, limited or unsupported (exit code 3 for one that was named), with the reasons.
     """
     from mixwright.backbones.family import family_of
     from mixwright.backbones.hf import causal_families
-    from mixwright.methods.manticore.families import as_record, probe_apart, write_report
+    from mixwright.methods.manticore.families import as_record, probe_apart, read_report, write_report
 
-    if every == (name is not None):
-        raise ValueError("name a family or a model's folder, or ask for --all; expected one of the two.")
-    paths = [_writable(path) for path in report or ()]
-    names = list(causal_families()) if name is None else [name]
-    if name is not None:
+    if every == bool(names):
+        raise ValueError("name families or models' folders, or ask for --all; expected one of the two.")
+    for name in names or ():
         family_of(name)
-    found: list[FamilyReport] = []
-    for one in probe_apart(names, limit):
+    wanted = list(causal_families()) if every else names or []
+    paths = [_writable(path) for path in report or ()]
+    found = [one for path in paths if resume and path.endswith(".json") for one in read_report(path)]
+    before = len(found)
+    for one in probe_apart([name for name in wanted if name not in {known.family for known in found}], limit):
         found.append(one)
-        if every and not as_json:
-            print(f"{len(found):>3}/{len(names)} {one.family}: {one.verdict}", flush=True)
-    for path in paths:
-        write_report(path, found)
+        if not as_json and len(wanted) > 1:
+            print(f"{len(found)} {one.family}: {one.verdict}", flush=True)
+        for path in paths:  # each time: what is found stays, whatever ends the run
+            write_report(path, found)
     if as_json:
         print_json(as_record(found))
-    elif name is not None:
-        _print(found[0])
+    elif len(wanted) == 1 and found[before:]:
+        _print(found[-1])
     else:
         _print_counts(found)
-    raise typer.Exit(REFUSED if name is not None and found[0].verdict == "unsupported" else 0)
+    refused = not every and any(one.verdict == "unsupported" for one in found[before:])
+    raise typer.Exit(REFUSED if refused else 0)
 
 
 def _writable(path: str) -> str:

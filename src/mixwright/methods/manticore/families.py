@@ -120,6 +120,22 @@ def write_report(path: str, reports: Sequence[FamilyReport]) -> None:
     file.write_text(f"{start}{_BEGIN}\n{table(reports)}\n{_END}{after or chr(10)}", "utf-8")
 
 
+def read_report(path: str) -> list[FamilyReport]:
+    """The reports in a `.json` that `write_report` wrote; none where there is no such file.
+
+    Raises ValueError for a file of another kind.
+    """
+    file = Path(path)
+    if not file.exists():
+        return []
+    try:
+        return [FamilyReport(**known) for known in json.loads(file.read_text("utf-8"))["families"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a report of `mixwright probe`, got something else ({error!r:.80})."
+        ) from error
+
+
 def _send(name: str, to: Connection) -> None:
     import warnings
 
