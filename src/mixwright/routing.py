@@ -19,9 +19,10 @@ class Routing:
     """Who acts, and how strongly: y = sum_k weights_k * f_{indices_k}(x).
 
     `weights`: routing weights, shape `(*decision, k)`. `indices`: expert ids of the same shape, or None when the last
-    axis is all experts in order. The decision axes broadcast against the leading axes of the input; size 1 means that
-    the choice does not vary there, no axes at all mean one choice for the whole model. A weight of zero means that the
-    expert does not act, whatever id stands beside it.
+    axis is all experts in order; ids that a router knows without looking may stay on the CPU. The decision axes
+    broadcast against the leading axes of the input; size 1 means that the choice does not vary there, no axes at all
+    mean one choice for the whole model. A weight of zero means that the expert does not act, whatever id stands beside
+    it.
     """
 
     weights: Float[Tensor, "*decision k"]
@@ -33,12 +34,12 @@ class Routing:
         if self.indices is None:
             return self.weights
         full = self.weights.new_zeros((*self.weights.shape[:-1], self.num_experts))
-        return full.scatter_add(-1, self.indices, self.weights)
+        return full.scatter_add(-1, self.indices.to(full.device), self.weights)
 
     def leader(self) -> Int[Tensor, "*decision"]:
         """The id of the expert with the largest weight; the earliest on a tie."""
         best = self.weights.argmax(-1, keepdim=True)
-        return (best if self.indices is None else self.indices.gather(-1, best)).squeeze(-1)
+        return (best if self.indices is None else self.indices.to(best.device).gather(-1, best)).squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class RoutingMemory:
     tensor has the batch first, so that whatever moves the rows of a cache moves these too. Those of `tokens` have the
     last tokens' states second, the present one last, so that tokens can be taken back. `depth` lasts for one pass: per
     stream and shape of its tokens, the sum of their routing probabilities `(*batch, experts)` and the number of sites
-    `(experts,)` at which each expert could be chosen.
+    `(experts,)` at which each expert could be chosen. `shared` lasts for one pass as well: what one site drew or worked
+    out for later ones, by name.
     `visits` counts how often a site ran in this pass. `rows` is the batch of the pass. `unseen` counts tokens of the
     cache that passed while nobody remembered. Between passes it is closed.
     """
@@ -67,6 +69,7 @@ class RoutingMemory:
     depth: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
         default_factory=dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]]
     )
+    shared: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     visits: dict[str, int] = field(default_factory=dict[str, int])
     rows: int | None = None
     unseen: int = 0
@@ -80,6 +83,7 @@ class RoutingMemory:
     def end_pass(self) -> None:
         """No site runs until the next pass begins."""
         self.depth.clear()
+        self.shared.clear()
         self.visits.clear()
         self.is_open = False
 

@@ -10,7 +10,9 @@ from mixwright.routers.arrow import ArrowScores
 from mixwright.routers.base import AbstractRouter, AbstractScores
 from mixwright.routers.constant import ConstantRouter
 from mixwright.routers.gate import PrototypeScores, SigmoidGate
+from mixwright.routers.mixture_weights import MixtureWeights
 from mixwright.routers.product_key import ProductKeyRouter
+from mixwright.routers.routed_weights import RoutedMixtureWeights
 from mixwright.routers.signature import SignatureScores
 from mixwright.routers.spectral import SpectralScores
 from mixwright.routers.task import TaskRouter
@@ -127,6 +129,9 @@ ROUTERS: dict[str, Callable[[], AbstractRouter]] = {
     "constant": lambda: ConstantRouter(torch.full((E,), 1 / E)),
     "task": lambda: TaskRouter(torch.eye(3, E)),
     "sigmoid": lambda: SigmoidGate(D),
+    "mixture": lambda: MixtureWeights(E),
+    "mixture-token": lambda: RoutedMixtureWeights(MixtureWeights(E), D),
+    "mixture-sequence": lambda: RoutedMixtureWeights(MixtureWeights(E), D, prefix=2),
 }
 
 

@@ -133,7 +133,10 @@ class HybridBackbone(nn.Module, GenerationMixin):
             hidden = self.embedding(input_ids.unsqueeze(-1).float())
             for block in self.blocks:
                 hidden = block(hidden)
-            logits = self.head(_kept(hidden, logits_to_keep))
+            if isinstance(logits_to_keep, int):
+                logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            else:  # weights may differ between tokens: whoever mixes must know which these are
+                logits = self.head(hidden)[:, logits_to_keep]
             current.finish()
         loss = None
         if labels is not None:
@@ -206,13 +209,6 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Components choose how to run experts of their own."""
         return {}
-
-
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The tokens whose logits are wanted: the last few, those of a list, or all for 0."""
-    if isinstance(logits_to_keep, Tensor):
-        return hidden[:, logits_to_keep]
-    return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
 
 
 def _refuse_strange(kwargs: Mapping[str, Any]) -> None:

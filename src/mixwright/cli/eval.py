@@ -31,7 +31,9 @@ def evaluate(
     data: Annotated[list[str], typer.Option("--data", help="A JSONL file, a folder or a hub id; one task each.")],
     systems: Annotated[
         str | None,
-        typer.Option(help="Rows, by comma: backbone, experts, merged, average, random, arrow, spectr, routed; all."),
+        typer.Option(
+            help="Rows, by comma, of backbone, experts, ensemble, merged, average, random, arrow, spectr, routed."
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,

@@ -35,7 +35,7 @@ def _aligned(passes: Sequence[Routing], beam_indices: Tensor, rows: int) -> list
         chosen = parents.clamp_min(0) // max(1, rows // own)
         weights = routing.weights[chosen]
         over = (parents < 0).reshape(-1, *[1] * (weights.dim() - 1))
-        indices = None if routing.indices is None else routing.indices[chosen]
+        indices = None if routing.indices is None else routing.indices[chosen.to(routing.indices.device)]
         aligned.append(Routing(weights.masked_fill(over, 0.0), routing.num_experts, indices))
     return aligned
 

@@ -25,10 +25,11 @@ def evaluate(
     with eval_mode(model):
         for system in systems:
             with system.enter(model):
+                speaker = system.speaker(model)
                 for task in tasks:
                     if progress is not None:
                         progress(system.name, task.name)
-                    scores = task.score(model, lambda batch, s=system: s.condition(model, batch))
+                    scores = task.score(speaker, lambda batch, s=system: s.condition(model, batch))
                     for metric, values in scores.items():
                         table.add(Scores(system.name, task.name, metric, values, seed))
     return table

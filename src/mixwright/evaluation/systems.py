@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
+from mixwright.evaluation.ensemble import LogitEnsemble
+from mixwright.evaluation.hybrid_rows import mixes_models
 from mixwright.evaluation.retrieval import Library, nearest_expert
 from mixwright.experts.factored import AbstractFactored
 from mixwright.experts.lora import LoraExperts
@@ -38,11 +40,15 @@ def _tasks(model: ComposedModel, batch: Batch) -> Condition | None:
 
 @dataclass(frozen=True)
 class System:
-    """`with enter(model)` makes the model this system; `condition(model, batch)` is what it knows about a batch."""
+    """`with enter(model)` makes the model this system; `condition(model, batch)` is what it knows about a batch.
+
+    `speaker(model)` is what answers in the model's place, called as the model is: by default the model itself.
+    """
 
     name: str
     enter: Enter
     condition: Callable[[ComposedModel, Batch], Condition | None] = _tasks
+    speaker: Callable[[ComposedModel], Any] = lambda model: model
 
 
 def backbone() -> System:
@@ -60,6 +66,12 @@ def single_experts(model: ComposedModel) -> list[System]:
     return [System(name, lambda m, n=name: m.only(n)) for at, name in enumerate(model.experts) if at in members(model)]
 
 
+def ensemble(model: ComposedModel, name: str = "logit ensemble") -> System:
+    """The mean of the logits of each expert alone: no routing, and as dear as running all of them."""
+    acting = [model.experts[at] for at in members(model)]
+    return System(name, lambda m: m.replaced(), speaker=lambda m: LogitEnsemble(m, acting))
+
+
 def merged(model: ComposedModel, weight: float | None = None, name: str = "merged product") -> System:
     """Merged experts: W + w sum_e s_e B_e A_e; without a `weight` w = 1/E, the mean of the products."""
     acting = members(model)
@@ -71,11 +83,15 @@ def merged(model: ComposedModel, weight: float | None = None, name: str = "merge
 def parameter_average(model: ComposedModel) -> System:
     """W + (mean of s_e B_e)(mean of A_e): factors averaged apart, which has cross terms that the product has not.
 
-    For experts that combine parameters it is uniform routing.
+    For experts that combine parameters it is uniform routing, and for others that are no LoRA experts uniform routing
+    is all there is: it goes by that name.
     """
-    if all(isinstance(mixture.experts, AbstractFactored) for mixture in model.mixtures.values()):
+    experts = [mixture.experts for mixture in model.mixtures.values()]
+    if not all(isinstance(members, LoraExperts) for members in experts):
         uniform = ConstantRouter(torch.full((len(model.experts),), 1.0 / len(model.experts)))
-        return rerouted("parameter average", dict.fromkeys(model.mixtures, uniform))
+        factored = all(isinstance(members, AbstractFactored) for members in experts)
+        name = "parameter average" if factored else "uniform weights"
+        return rerouted(name, dict.fromkeys(model.mixtures, uniform))
     count = len(members(model))
     averaged: dict[str, LoraExperts] = {}
     for site, experts in lora(model).items():
@@ -175,6 +191,8 @@ def retrieval(model: ComposedModel, library: Library, name: str = "retrieval") -
 
 def members(model: ComposedModel) -> list[int]:
     """Pool ids of the experts that have weights somewhere: all but a null expert."""
+    if mixes_models(model):
+        return list(range(len(model.experts)))
     return sorted({member for experts in lora(model).values() for member in experts.members})
 
 

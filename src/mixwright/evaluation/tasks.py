@@ -14,15 +14,22 @@ from mixwright.data.batches import make_batches
 from mixwright.data.collate import Batch, Kind, Tokenizer
 from mixwright.data.tasks import TextTask, read_task
 from mixwright.evaluation import systems
+from mixwright.evaluation.hybrid_rows import mixes_models
 from mixwright.evaluation.scores import AbstractTask, LabelTask, TokenTask
 from mixwright.evaluation.systems import System
 from mixwright.experts.lora import LoraExperts
 
-NAMES = ("backbone", "experts", "merged", "average", "random", "arrow", "spectr", "routed")
+NAMES = ("backbone", "experts", "ensemble", "merged", "average", "random", "arrow", "spectr", "routed")
 """What `chosen_systems` knows, in the order of the table. `experts` is one system for each of them."""
+
+OF_LORA = tuple(name for name in NAMES if name != "ensemble")
+"""Those of them that are measured of LoRA experts unless others are named: an ensemble runs the model for each."""
 
 OF_ANY_EXPERTS = ("backbone", "average", "routed")
 """Those of them that need no LoRA experts."""
+
+OF_WHOLE_MODELS = ("experts", "ensemble", "average", "routed")
+"""Those of them for experts each of which is a whole model: what is left without them is one of them."""
 
 OF_NEURONS = ("backbone", "routed")
 """Those of them that need no experts with names."""
@@ -103,6 +110,7 @@ def chosen_systems(model: ComposedModel, names: Sequence[str] = NAMES, *, seed: 
     makers = {
         "backbone": lambda: [systems.backbone()],
         "experts": lambda: systems.single_experts(model),
+        "ensemble": lambda: [systems.ensemble(model)],
         "merged": lambda: [systems.merged(model)],
         "average": lambda: [systems.parameter_average(model)],
         "random": lambda: [systems.random_prototypes(model, _two(model), seed)],
@@ -114,11 +122,13 @@ def chosen_systems(model: ComposedModel, names: Sequence[str] = NAMES, *, seed: 
 
 
 def default_systems(model: ComposedModel) -> tuple[str, ...]:
-    """The names of the systems that these experts allow: all for LoRA experts."""
+    """The names of the systems that these experts allow: all but the ensemble for LoRA experts."""
     if not model.experts:
         return OF_NEURONS
+    if mixes_models(model):
+        return OF_WHOLE_MODELS
     is_lora = all(isinstance(mixture.experts, LoraExperts) for mixture in model.mixtures.values())
-    return NAMES if is_lora else OF_ANY_EXPERTS
+    return OF_LORA if is_lora else OF_ANY_EXPERTS
 
 
 def _two(model: ComposedModel) -> int:

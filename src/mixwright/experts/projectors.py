@@ -5,9 +5,20 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 Projection = Literal["linear", "identity", "least_squares", "mlp", "none"]
+"""`linear`: affine with the framework's initial values (the paper). `identity`: affine, started at the identity with
+zeros for missing channels. `least_squares`: the same, to be fitted to activations. `mlp`: two layers with GELU between.
+`none`: only padding and truncation."""
+
+
+class Affine(nn.Linear):
+    """W x + b in the dtype of x, whatever dtype its parameters are kept in."""
+
+    def forward(self, input: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """As nn.Linear's."""
+        return linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 def resized(x: Float[Tensor, "*batch d_in"], width: int) -> Float[Tensor, "*batch d_out"]:
@@ -22,10 +33,10 @@ def make_projector(kind: Projection, d_in: int, d_out: int) -> nn.Module | None:
     if kind == "none":
         return None
     if kind == "mlp":
-        return nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out))
-    linear = nn.Linear(d_in, d_out)
+        return nn.Sequential(Affine(d_in, d_out), nn.GELU(), Affine(d_out, d_out))
+    made = Affine(d_in, d_out)
     if kind != "linear":
         with torch.no_grad():
-            linear.weight.copy_(torch.eye(d_out, d_in))
-            linear.bias.zero_()
-    return linear
+            made.weight.copy_(torch.eye(d_out, d_in))
+            made.bias.zero_()
+    return made

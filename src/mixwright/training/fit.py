@@ -215,8 +215,12 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
     }
 
 
-def _own_rule(group: ParamGroup) -> list[str | float]:
-    return [] if (group.optimizer, group.lr_end) == ("adamw", 1.0) else [group.optimizer, group.lr_end]
+def _own_rule(group: ParamGroup) -> list[str | float | None]:
+    rule: list[str | float | None] = []
+    if (group.optimizer, group.lr_end) != ("adamw", 1.0):
+        rule = [group.optimizer, group.lr_end]
+    apart = (group.delay, group.clip, group.weight_decay)
+    return rule if apart == (0.0, True, None) else [*rule, *apart]
 
 
 class _Log:

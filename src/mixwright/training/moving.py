@@ -30,6 +30,17 @@ def pool_over(passes: Mapping[nn.Module, int]) -> None:
         module.accumulate = cast(Any, count)
 
 
+def following(model: nn.Module) -> list[nn.Module]:
+    """Modules that change with the share of the training that is done, such as a temperature that falls."""
+    return [module for module in model.modules() if hasattr(type(module), "progress")]
+
+
+def tell_progress(modules: Iterable[nn.Module], share: float) -> None:
+    """Let each of these modules know it. A function of the step alone, so that a resumed run goes on alike."""
+    for module in modules:
+        module.progress = cast(Any, share)
+
+
 def refuse_sharded(model: nn.Module, trained: Iterable[nn.Parameter], stage: str) -> None:
     """Raises ValueError where a table that is spread over processes would be trained."""
     ids = {id(parameter) for parameter in trained}

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixwright.training.exponentiated_gradient import ExponentiatedGradient, plain_rows
 from mixwright.training.gradients import row_parameters, tables_of
 from mixwright.training.row_optimizer import AbstractRowOptimizer
 from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
-from mixwright.training.stage import Stage
+from mixwright.training.stage import ParamGroup, Stage
 
 
 def make_optimizers(
@@ -30,7 +31,7 @@ def make_optimizers(
     if muon:
         adjust: Literal["match_rms_adamw"] = "match_rms_adamw"
         optimizers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=stage.weight_decay, adjust_lr_fn=adjust))
-    return optimizers + _row_optimizers(model, stage, chosen, seed)
+    return optimizers + _row_optimizers(model, stage, chosen, seed) + _simplex_optimizers(model, stage, chosen)
 
 
 def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float, progress: float = 0.0) -> None:
@@ -76,8 +77,31 @@ def _groups(
     for group, parameters in zip(stage.groups, chosen, strict=True):
         members = [parameter for parameter in parameters.values() if (id(parameter) in matrices) == keep]
         if members and group.optimizer == "adamw":
-            groups.append({"params": members, "peak": group.lr, "end": group.lr_end})
+            groups.append({"params": members, **_rates(stage, group)})
     return groups
+
+
+def _rates(stage: Stage, group: ParamGroup) -> dict[str, float]:
+    decay = stage.weight_decay if group.weight_decay is None else group.weight_decay
+    return {"peak": group.lr, "end": group.lr_end, "weight_decay": decay}
+
+
+def _simplex_optimizers(
+    model: nn.Module, stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]]
+) -> list[torch.optim.Optimizer]:
+    """One for all groups that ask for it. Raises ValueError for what is no row of mixture weights, or is drawn."""
+    groups = [(g, m) for g, m in zip(stage.groups, chosen, strict=True) if g.optimizer == "exponentiated_gradient"]
+    if not groups:
+        return []
+    rows = plain_rows(model)
+    for name, parameter in ((n, p) for _, members in groups for n, p in members.items()):
+        if parameter not in rows or rows[parameter].draw != "none":
+            raise ValueError(
+                f"stage {stage.name}: {name} can't have optimizer=exponentiated_gradient, which learns the logits of "
+                "mixture weights that are neither drawn nor depend on the input; give its group adamw."
+            )
+    entries = [{"params": list(m.values()), "lr": 0.0, "peak": g.lr, "end": g.lr_end} for g, m in groups]
+    return [ExponentiatedGradient(entries, rows)]
 
 
 def _row_optimizers(
@@ -87,8 +111,8 @@ def _row_optimizers(
     tables = tables_of(model)
     groups: dict[str, list[dict[str, Any]]] = {"lazy_adamw": [], "rowwise_adagrad": [], "adamw": []}
     for group, members in zip(stage.groups, chosen, strict=True):
-        entry = {"params": list(members.values()), "lr": 0.0, "peak": group.lr, "end": group.lr_end}
-        groups[group.optimizer].append(entry)
+        entry = {"params": list(members.values()), "lr": 0.0, **_rates(stage, group)}
+        groups.setdefault(group.optimizer, []).append(entry)
     held = row_parameters(table for table in tables if table.frozen is not None and bool(table.frozen.any()))
     for name, parameter in (
         (n, p) for g, m in zip(stage.groups, chosen) if g.optimizer == "adamw" for n, p in m.items()

@@ -30,12 +30,24 @@ class ParamGroup:
     """Whose batches give the gradient: `val` for parameters that learn on held-out data."""
     name: str = ""
     """For plans; the globs where it is empty."""
-    optimizer: Literal["adamw", "lazy_adamw", "rowwise_adagrad"] = "adamw"
+    optimizer: Literal["adamw", "lazy_adamw", "rowwise_adagrad", "exponentiated_gradient"] = "adamw"
     """What learns tables of neurons: AdamW over every row, the same over retrieved rows only, or row-wise Adagrad.
-    Parameters of the group that are no table have AdamW in any case."""
+    Parameters of the group that are no table have AdamW in any case. `exponentiated_gradient` learns the logits of
+    mixture weights, and nothing else."""
     lr_end: float = 1.0
     """Share of `lr` that is left at the last step, falling linearly: tables may begin at 4 to 10 times the rate of the
     rest and end at it (Huang et al. 2024, arXiv 2411.12364)."""
+    delay: float = 0.0
+    """Share of the steps before it learns: until then it is frozen, and its optimiser has seen nothing."""
+    clip: bool = True
+    """Whether its gradient counts in the norm that the stage clips, and is clipped: not where it lives on another
+    scale than the rest, as mixture weights do."""
+    weight_decay: float | None = None
+    """Decoupled weight decay; None: the stage's."""
+
+    def is_awake(self, step: int, steps: int) -> bool:
+        """Whether it learns in update `step` (from 0) of `steps`."""
+        return step >= int(self.delay * steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """One optimiser step, and the weights, optimisers and best weights that change with it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,11 +16,11 @@ from mixwright.recipe import TrainConfig
 from mixwright.training.across import share_reads, sum_gradients
 from mixwright.training.checkpoint import Snapshot
 from mixwright.training.gradients import clip_gradients, no_rows, settle, touched_rows
-from mixwright.training.moving import moving_buffers, pool_over, pooling, refuse_sharded
+from mixwright.training.moving import following, moving_buffers, pool_over, pooling, refuse_sharded, tell_progress
 from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
 from mixwright.training.randomness import seed_pass
 from mixwright.training.row_optimizer import AbstractRowOptimizer
-from mixwright.training.stage import Stage, select_parameters
+from mixwright.training.stage import ParamGroup, Stage, select_parameters
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,13 +53,15 @@ class Updater:
         self.parameters = {name: parameter for group in self.chosen for name, parameter in group.items()}
         self.sources = self._sources(data)
         refuse_sharded(model, self.parameters.values(), stage.name)
-        self._set_trainable()
+        self._refuse_sleep()
+        self._set_trainable(0)
         self.optimizers = make_optimizers(model, stage, self.chosen, seed)
         self.lazy = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AbstractRowOptimizer)]
         self.tables = {p: table for optimizer in self.lazy for p, table in optimizer.tables.items()}
         if accelerator.num_processes > 1:
             for optimizer in self.lazy:
                 optimizer.reads = {p: [] for p in optimizer.tables}
+        self._following = following(model)
         self._pooling = pooling(model)
         pool_over(dict.fromkeys(self._pooling, config.accumulate))
         self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
@@ -73,16 +75,20 @@ class Updater:
         Raises ValueError for a loss or a gradient that is not finite, with the weights as they were before.
         """
         set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
+        tell_progress(self._following, step / self.stage.steps)
         self._enter_training()
         if self.stage.each_step is not None:
             self.stage.each_step(self.model, step)
+        awake = self._members(lambda group: self._is_awake(group, step))
         for parameter in self.parameters.values():
-            parameter.grad = None if parameter in self.tables else torch.zeros_like(parameter)
-        losses = {split: self._accumulate(split, batches, step) for split, batches in self.sources.items()}
+            dense = parameter in awake and parameter not in self.tables
+            parameter.grad = torch.zeros_like(parameter) if dense else None
+        splits = {group.split for group in self.stage.groups if self._is_awake(group, step)}
+        losses = {s: self._accumulate(s, batches, step) for s, batches in self.sources.items() if s in splits}
         for split, loss in losses.items():
             if not math.isfinite(loss):
                 raise ValueError(self._not_finite(f"the {split} loss is {loss}", step))
-        for parameter, table in self.tables.items():
+        for parameter, table in ((p, table) for p, table in self.tables.items() if p in awake):
             parameter.grad = no_rows(parameter) if parameter.grad is None else parameter.grad
             settle(parameter, table.frozen)
         self._sum_over_processes()
@@ -91,6 +97,7 @@ class Updater:
 
     def consider(self, done: int) -> HeldOut | None:
         """After `done` steps, remember the weights if none before did better on held-out data; a tie is won."""
+        tell_progress(self._following, done / self.stage.steps)
         every = self.stage.choose_every
         if every is None or self.validation is None or not (done % every == 0 or done == self.stage.steps):
             return None
@@ -180,13 +187,25 @@ class Updater:
         both: dict[str, Batches | None] = {"train": data, "val": self.validation}
         return {split: batches for split, batches in both.items() if split in splits and batches is not None}
 
-    def _set_trainable(self, split: str | None = None) -> None:
-        """Gradients for the parameters of one split, or of every group; for nothing else in the model."""
+    def _refuse_sleep(self) -> None:
+        if self.stage.groups and not any(self._is_awake(group, 0) for group in self.stage.groups):
+            raise ValueError(
+                f"stage {self.stage.name}: every group has a delay; one must learn from the first step on."
+            )
+
+    def _is_awake(self, group: ParamGroup, step: int) -> bool:
+        return group.is_awake(step, self.stage.steps)
+
+    def _members(self, chosen: Callable[[ParamGroup], bool]) -> set[nn.Parameter]:
+        groups = zip(self.stage.groups, self.chosen, strict=True)
+        return {parameter for group, members in groups if chosen(group) for parameter in members.values()}
+
+    def _set_trainable(self, step: int, split: str | None = None) -> None:
+        """Gradients for the parameters of the groups that learn in this step, of one split or of both; for nothing
+        else in the model."""
+        learning = self._members(lambda group: split in (None, group.split) and self._is_awake(group, step))
         for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        for group, parameters in zip(self.stage.groups, self.chosen, strict=True):
-            for parameter in parameters.values():
-                parameter.requires_grad_(split in (None, group.split))
+            parameter.requires_grad_(parameter in learning)
 
     def _enter_training(self) -> None:
         """Training mode, so that the backbone's own dropout acts; running statistics of a frozen backbone stay."""
@@ -205,8 +224,8 @@ class Updater:
             raise ValueError(
                 f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?"
             )
-        if len(self.sources) > 1:
-            self._set_trainable(split)
+        if len(self.sources) > 1 or any(group.delay for group in self.stage.groups):
+            self._set_trainable(step, split)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in zip(indices, passes, strict=True):
             seed_pass(self.seed, index)
@@ -245,12 +264,15 @@ class Updater:
         self.scaler.update()
 
     def _clipped(self) -> float:
+        """The norm of the gradients that are clipped together; not finite where that of the others is not."""
         limit = math.inf if self.stage.clip is None else self.stage.clip
-        return clip_gradients(self.parameters.values(), limit).item()
+        apart = self._members(lambda group: not group.clip)
+        norm = clip_gradients([p for p in self.parameters.values() if p not in apart], limit).item()
+        return norm + 0.0 * clip_gradients(apart, math.inf).item() if apart else norm
 
     def _climbing(self) -> Sequence[nn.Parameter]:
-        groups = zip(self.stage.groups, self.chosen, strict=True)
-        return [parameter for group, members in groups if group.maximize for parameter in members.values()]
+        climbing = self._members(lambda group: group.maximize)
+        return [parameter for parameter in self.parameters.values() if parameter in climbing]
 
     def _not_finite(self, what: str, step: int) -> str:
         return (

@@ -25,6 +25,9 @@ class ManticoreConfig:
     """Mixture weights of embedding and head: rows of their own, or block 0's for both, as in the paper."""
     weights: Literal["static", "sequence", "token"] = "static"
     """Mixture weights that do not vary (the paper), or that depend on the input, per sequence or per token (ours)."""
+    prefix: Count = 16
+    """Tokens after which a sequence has its own mixture weights, with weights=sequence; until then it has the static
+    ones."""
     names: tuple[str, ...] | None = None
     """Names of the components, in order; None: the last part of their paths."""
     mixture_weights: tuple[tuple[float, ...], ...] | None = None

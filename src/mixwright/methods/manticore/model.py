@@ -20,7 +20,9 @@ from mixwright.experts.base import AbstractExperts
 from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
 from mixwright.methods.manticore.config import METHOD, ManticoreConfig
 from mixwright.ops.digest import fingerprint, weights_digest
+from mixwright.routers.base import AbstractRouter
 from mixwright.routers.mixture_weights import MixtureWeights
+from mixwright.routers.routed_weights import RoutedMixtureWeights
 
 if TYPE_CHECKING:
     from mixwright.backbones.hybrid import HybridBackbone
@@ -52,8 +54,8 @@ class HybridModel(ComposedModel):
                 f"mixture_weights of shape {tuple(rows.shape)}: expected {self.backbone.num_blocks} blocks x "
                 f"{len(self.experts)} components ({', '.join(self.experts)})."
             )
-        for slot, row in zip((EMBEDDING, *self._blocks(), HEAD), (rows[0], *rows, rows[-1])):
-            self.row(slot).set(row)
+        for slot, row in zip((EMBEDDING, HEAD, *self._blocks()), (rows[0], rows[-1], *rows)):
+            self.row(slot).set(row)  # a row that the head shares with block 0 (rows=block) is block 0's
 
     @property
     def embedding_weights(self) -> Float[Tensor, " models"]:
@@ -74,10 +76,12 @@ class HybridModel(ComposedModel):
         self.row(HEAD).set(torch.as_tensor(weights))
 
     def row(self, slot: str) -> MixtureWeights:
-        """The mixture weights of a slot: `embedding`, `blocks.0` and so on, `head`."""
+        """The mixture weights of a slot, of which input-dependent ones have the static part: `embedding`, `blocks.0`
+        and so on, `head`."""
         router = self.mixtures[slot].router
-        assert isinstance(router, MixtureWeights)
-        return router
+        row = router.static if isinstance(router, RoutedMixtureWeights) else router
+        assert isinstance(row, MixtureWeights)
+        return row
 
     def ledger(self) -> Ledger:
         """Every component's licence, where it was read, and what they ask together.
@@ -128,8 +132,8 @@ def names_of(config: ManticoreConfig, backbones: Sequence[nn.Module]) -> tuple[s
 
 
 def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel:
-    models, slots = len(hybrid.names), {path: hybrid.get_submodule(path) for path in slots_of(hybrid)}
-    shared = MixtureWeights(models) if config.rows == "block" else None
+    slots = {path: hybrid.get_submodule(path) for path in slots_of(hybrid)}
+    shared = _row(config, hybrid) if config.rows == "block" else None
     mixtures: dict[str, Mixture] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -143,8 +147,10 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
             else:
                 experts = BlockExperts(run, hybrid.widths, config.projectors)
             paper_row = path in (EMBEDDING, "blocks.0", HEAD)
-            router = shared if shared is not None and paper_row else MixtureWeights(models)
-            mixtures[path] = Mixture(None, router, experts)
+            row = shared if shared is not None and paper_row else _row(config, hybrid)
+            if path == EMBEDDING and isinstance(row, RoutedMixtureWeights):
+                row = row.static  # there is no stream to look at yet
+            mixtures[path] = Mixture(None, row, experts)
     described = Composition(
         method=METHOD.name,
         config=asdict(config),
@@ -154,6 +160,13 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
     )
     seen = Probe({path: Seen(order, "decoder", order) for order, path in enumerate(slots)}, ran=True)
     return HybridModel(hybrid, mixtures, hybrid.names, described, seen)
+
+
+def _row(config: ManticoreConfig, hybrid: "HybridBackbone") -> AbstractRouter:
+    static = MixtureWeights(len(hybrid.names))
+    if config.weights == "static":
+        return static
+    return RoutedMixtureWeights(static, hybrid.width, config.prefix if config.weights == "sequence" else 0)
 
 
 def slots_of(hybrid: "HybridBackbone") -> tuple[str, ...]:
