@@ -49,7 +49,8 @@ def rows_of(own: Any, shared: Any) -> list[list[int]]:
     the pieces into which `own` splits its text. Empty for a token that `own` can't say at all.
     """
     vocabulary = own.get_vocab()
-    by_text = {text: [i] for i, text in reversed(list(enumerate(_texts(own)))) if text}
+    texts_of_own = _texts(own)
+    by_text = {text: [i] for i, text in reversed(list(enumerate(texts_of_own))) if "\ufffd" not in text}
     roles = {getattr(shared, name): getattr(own, name) for name in (*_SPECIAL, "pad_token") if getattr(shared, name)}
     special = set(shared.all_special_tokens)
     pieces, texts = shared.convert_ids_to_tokens(list(range(len(shared)))), _texts(shared)
@@ -58,6 +59,8 @@ def rows_of(own: Any, shared: Any) -> list[list[int]]:
         if piece in special:
             name = roles.get(piece) or piece
             found.append([vocabulary[name]] if name in vocabulary else [])
+        elif piece in vocabulary and texts_of_own[vocabulary[piece]] == text:
+            found.append([vocabulary[piece]])
         elif text in by_text:
             found.append(by_text[text])
         elif "\ufffd" in text or not text:

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from mixwright.backbones.prune import copied
-from mixwright.backbones.tokenizers import rows_of
+from mixwright.backbones.tokenizers import fingerprint, rows_of
 from mixwright.errors import IncompatibleExpert
 
+_MARK = "vocabulary_of"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def with_vocabulary(model: nn.Module, own: Any, shared: Any, name: str = "") -> nn.Module:
     """A copy of `model`, which reads the tokens of `own`, that reads those of `shared`; nothing of `model` is changed.
 
-    Rows of embedding and head are copied for tokens that both have, and otherwise the mean of the rows of the pieces
-    into which `own` splits the token's text (as in mergekit's tokensurgeon); a head tied to the embedding stays tied.
-    All other tensors are the model's own. Raises IncompatibleExpert (VOCABULARY) where more than these two depend on
+    Rows are copied for tokens that both have. For another, the embedding's is the mean of the rows of the pieces into
+    which `own` splits the token's text (as in mergekit's tokensurgeon), and the head's that of the first piece, with
+    which the model begins to say it; a head tied to the embedding stays tied. All other tensors are the model's own. Raises IncompatibleExpert (VOCABULARY) where more than these two depend on
     the vocabulary.
     """
     name = name or type(model).__name__
@@ -31,12 +32,18 @@ def with_vocabulary(model: nn.Module, own: Any, shared: Any, name: str = "") -> 
     tied = head.weight is embedding.weight
     embedding.weight = nn.Parameter(means(embedding.weight, rows))
     embedding.num_embeddings, embedding.padding_idx = size, None
-    head.weight = embedding.weight if tied else nn.Parameter(means(head.weight, rows))
+    first = [group[:1] for group in rows]
+    head.weight = embedding.weight if tied else nn.Parameter(means(head.weight, first))
     if getattr(head, "bias", None) is not None:
-        head.bias = nn.Parameter(means(head.bias.unsqueeze(-1), rows).squeeze(-1))
+        head.bias = nn.Parameter(means(head.bias.unsqueeze(-1), first).squeeze(-1))
     head.out_features = size
     _tell(new, old, size, shared)
     return new
+
+
+def vocabulary_of(model: nn.Module) -> str | None:
+    """The fingerprint of the tokenizer whose vocabulary the model was given; None for one that has its own."""
+    return getattr(getattr(model, "config", None), _MARK, None)
 
 
 @torch.no_grad()
@@ -80,4 +87,4 @@ def _tell(model: Any, old: int, size: int, shared: Any) -> None:
         for field in _IDS:
             if hasattr(config, field):
                 setattr(config, field, getattr(shared, field, None))
-    model.config._name_or_path = ""
+    setattr(model.config, _MARK, fingerprint(shared))

@@ -32,6 +32,10 @@ class ManticoreConfig:
     """Names of the components, in order; None: the last part of their paths."""
     mixture_weights: tuple[tuple[float, ...], ...] | None = None
     """K rows of mixture weights to start from, or to keep where nothing is searched; None: uniform."""
+    shared_vocabulary: bool = False
+    """Whether components of other tokenizers than the first one's are given its vocabulary, with new embeddings and
+    heads out of their old rows, for *align* to train (ours; the paper draws new ones for every component). Otherwise
+    they are refused."""
     licences: dict[str, str] | None = None
     """SPDX id or expression of a component's licence, by its name, where its folder does not say it or says it wrong.
     Composing and running ask for none; a hybrid with a component whose licence is unknown is not saved."""
