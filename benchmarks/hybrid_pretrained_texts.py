@@ -20,7 +20,7 @@ from torch import Tensor
 GENERAL, TARGETS = "general", ("shakespeare", "library")
 LENGTH, BATCH = 64, 16
 VOCABULARY = 1536
-WINDOWS = 14
+WINDOWS = 10
 """Of a document for testing, at most; so no file counts for more than a scene."""
 
 _ARTICLE = re.compile(r"(?m)^(?= = [^=].* = \n)")

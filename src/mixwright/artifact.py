@@ -189,7 +189,7 @@ def _component(
         raise CatalogError("PATH", where, f"it says its weights lie in {stored.folder[:80]!r}, not {COMPONENTS}/{at}.")
     files = {file: known for file, known in _kept(lock, name).items() if file.startswith(f"{stored.folder}/")}
     wanted = {**placed, "dtype": placed["dtype"] or stored.backbone.dtype}
-    model = read_component((folder / stored.folder), where, files, **wanted)
+    model = read_component(folder / stored.folder, where, files, stored.absent, **wanted)
     kept = replace(stored.backbone, fingerprint=str(stored.fingerprint), path=stored.folder)
     _recognise(model, kept, where)
     return model

@@ -38,6 +38,16 @@ def test_a_saved_backbone_loads_as_what_it_was(family: str, tmp_path: Path) -> N
     assert provenance(loaded)["path"] == str(tmp_path)
 
 
+def test_a_config_with_floats_that_json_lacks_loads(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32, "state_size": 4, "head_dim": 8}
+    saved = build_backbone("mamba2", {**sizes, "num_heads": 4, "n_groups": 1, "expand": 2}, kind="causal")
+    saved.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    loaded = load_backbone(tmp_path)
+    assert loaded.config.time_step_limit[1] == float("inf")
+    assert same_weights(loaded, saved)
+
+
 def test_dtype_and_kind(folder: Path) -> None:
     assert load_backbone(folder, dtype="bfloat16").dtype is torch.bfloat16
     assert load_backbone(folder, dtype=torch.float64).dtype is torch.float64

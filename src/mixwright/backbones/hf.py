@@ -168,6 +168,13 @@ def read_settings(path_or_id: str | Path, *, revision: str | None = None) -> dic
     return _config(_settings(folder, str(path_or_id)), str(path_or_id)).to_dict()
 
 
+def build_as_described(folder: Path, name: str) -> nn.Module:
+    """The causal language model of a folder's config, with random weights. Raises CatalogError as `load_backbone`."""
+    config = _config(_settings(folder, name), name)
+    with torch.random.fork_rng(devices=[]):
+        return _auto_class("causal").from_config(config).eval()
+
+
 def byte_tokenizer(text_model: str = "causal") -> Any:
     """A tokenizer of 256 bytes and four special tokens (pad 0, end 1, start 2, unknown 3), for tests and demos.
 

@@ -16,9 +16,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mixwright.backbones.absent import outside_of
 from mixwright.backbones.coroutine import coroutine_type
 from mixwright.backbones.hybrid_cache import HybridCache
-from mixwright.backbones.parts import parts_of, split
+from mixwright.backbones.parts import Parts, parts_of, runs_of, split
 from mixwright.backbones.session import Pass
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -56,7 +57,8 @@ class HybridBackbone(nn.Module, GenerationMixin):
 
     `names`: of the components. `widths`: of their hidden states; where one is narrower at some boundary, zeros fill it
     up. `vocab_size`: the columns that all components have, or fewer where the tokenizer has fewer; what lies beyond is
-    padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed.
+    padding, and never wins. `coroutines`: `greenlet`, `thread`, or None for what is installed. `layers`: how many each
+    component has in each block, none where it can't be asked; None: as many in each, up to one.
 
     Where a mask is given without positions, positions count the real tokens, as in `generate`: left padding then
     changes nothing, learned positions included.
@@ -73,13 +75,18 @@ class HybridBackbone(nn.Module, GenerationMixin):
         *,
         vocab_size: int | None = None,
         coroutines: str | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.components = nn.ModuleList(components)
         self.names = tuple(names)
         self.num_blocks = num_blocks
         self.parts = tuple(parts_of(component, name) for component, name in zip(components, names, strict=True))
-        self.runs = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
+        if layers is None:
+            self.runs = tuple(split(parts.num_layers, num_blocks) for parts in self.parts)
+        else:
+            self.runs = tuple(map(runs_of, layers))
+        self.tails = tuple(map(_tail, components, self.parts, self.runs))
         self.widths = tuple(max(parts.widths) for parts in self.parts)
         self.vocab_size = min(vocab_size or self.parts[0].vocab_size, *(parts.vocab_size for parts in self.parts))
         self.embedding = Slot(0)
@@ -106,9 +113,29 @@ class HybridBackbone(nn.Module, GenerationMixin):
         return next(p.dtype for p in self.components[0].parameters() if p.is_floating_point())
 
     def stops(self, component: int) -> tuple[nn.Module, ...]:
-        """The modules before which a component is suspended: the first layer of each block, and the head."""
-        parts, model = self.parts[component], self.components[component]
-        return *(parts.layer(model, run[0]) for run in self.runs[component]), model.get_submodule(parts.head)
+        """The modules before which a component is suspended: the first layer of each block, and the head.
+
+        One whose last layer is not of the last block is suspended behind it as well, before its own norm.
+        """
+        parts, model, tail = self.parts[component], self.components[component], self.tails[component]
+        first = [run[0] for run in self.runs[component] if run] or [0]
+        ends = [model.get_submodule(path) for path in (tail, parts.head) if path is not None]
+        return *(parts.layer(model, layer) for layer in first), *ends
+
+    def place(self, component: int, number: int) -> int:
+        """Which of its stops is where a component enters slot `number`.
+
+        Raises ValueError for a block of which it has no layers.
+        """
+        runs = self.runs[component]
+        if number > self.num_blocks:
+            return max(1, sum(map(bool, runs))) + (self.tails[component] is not None)
+        if not runs[number - 1]:
+            raise ValueError(
+                f"component {self.names[component]!r} has no layers in block {number - 1}: they were cut away when the "
+                "hybrid was discretised. Set other mixture weights on the hybrid that it was made from."
+            )
+        return sum(map(bool, runs[: number - 1]))
 
     def forward(
         self,
@@ -209,6 +236,11 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Components choose how to run experts of their own."""
         return {}
+
+
+def _tail(component: nn.Module, parts: Parts, runs: Sequence[range]) -> str | None:
+    """Where a component is suspended behind its last layer; None where that is at the head, or nobody asks."""
+    return outside_of(component, parts).tail if any(runs) and not runs[-1] else None
 
 
 def _refuse_strange(kwargs: Mapping[str, Any]) -> None:

@@ -7,9 +7,10 @@ which that does not hold is refused, with what was seen.
 
 import inspect
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def split(num_layers: int, num_blocks: int) -> tuple[range, ...]:
         )
     cuts = [(2 * i * num_layers + num_blocks) // (2 * num_blocks) for i in range(num_blocks + 1)]
     return tuple(range(a, b) for a, b in zip(cuts, cuts[1:]))
+
+
+def runs_of(layers: Sequence[int]) -> tuple[range, ...]:
+    """The runs of so many layers each, one after the other; a run of none is empty."""
+    ends = list(accumulate(layers, initial=0))
+    return tuple(range(a, b) for a, b in zip(ends, ends[1:]))
 
 
 def parts_of(model: nn.Module, name: str = "") -> Parts:
@@ -154,7 +161,7 @@ def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: froze
 
         return record
 
-    with ExitStack() as hooks, _quiet(model):
+    with ExitStack() as hooks, quiet(model):
         for place, module in enumerate((*layers, head)):
             hooks.callback(module.register_forward_pre_hook(recorder(place), with_kwargs=True).remove)
         try:
@@ -174,7 +181,7 @@ def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: froze
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Generator[None]:
+def quiet(model: nn.Module) -> Generator[None]:
     """Without dropout and gradients; each module then goes back to the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

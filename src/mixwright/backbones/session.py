@@ -118,8 +118,9 @@ class Pass:
             session = self.sessions[component] = self._session(component)
         if number == 0:
             return self._out(component, session.reach(0))
-        own = session.reach(number - 1)
-        out = session.advance(number - 1, own if hidden is None else hidden[..., : own.shape[-1]])
+        place = self.hybrid.place(component, number)
+        own = session.reach(place)
+        out = session.advance(place, own if hidden is None else hidden[..., : own.shape[-1]])
         if number <= self.hybrid.num_blocks:
             return self._out(component, out)
         logits = out.logits if hasattr(out, "logits") else out[0]

@@ -20,8 +20,8 @@ def with_vocabulary(model: nn.Module, own: Any, shared: Any, name: str = "") -> 
 
     Rows are copied for tokens that both have. For another, the embedding's is the mean of the rows of the pieces into
     which `own` splits the token's text (as in mergekit's tokensurgeon), and the head's that of the first piece, with
-    which the model begins to say it; a head tied to the embedding stays tied. All other tensors are the model's own. Raises IncompatibleExpert (VOCABULARY) where more than these two depend on
-    the vocabulary.
+    which the model begins to say it; a head tied to the embedding stays tied. All other tensors are the model's own.
+    Raises IncompatibleExpert (VOCABULARY) where more than these two depend on the vocabulary.
     """
     name = name or type(model).__name__
     new: Any = copied(model)

@@ -4,7 +4,7 @@ A component that is as it was pretrained is named, like any backbone. One that i
 of transformers, so that it can be read without what composed it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mixwright.backbones.cut import read_cut, write_cut
 from mixwright.backbones.hf import load_backbone, load_tokenizer, without_bars
 from mixwright.composition.ledger import Component, Entry, Ledger, open_ledger
 from mixwright.errors import CatalogError
@@ -33,9 +34,14 @@ class Part:
     origin: Mapping[str, Any]
 
     @property
+    def is_cut(self) -> bool:
+        """Whether it is only a part of what lies where it came from."""
+        return "absent" in self.origin
+
+    @property
     def changed(self) -> bool:
         """Whether it is no longer what lies where it came from: then its weights have to be kept."""
-        if self.origin.get("cut"):
+        if self.is_cut:
             return True
         if weights_digest(self.model) == self.origin.get("digest"):
             return False
@@ -78,12 +84,25 @@ def ledger_of(model: "ComposedModel") -> Ledger:
 def write_component(part: Part, folder: Path) -> None:
     """A component's config and weights, by its own `save_pretrained`: safetensors, tied weights once."""
     folder.mkdir(parents=True)
+    if part.is_cut:
+        write_cut(part.model, folder)
+        return
     with without_bars():
         part.model.save_pretrained(folder)  # type: ignore[operator]
 
 
-def read_component(folder: Path, name: str, listed: Mapping[str, Any], *, dtype: Any, device_map: Any) -> nn.Module:
+def read_component(
+    folder: Path,
+    name: str,
+    listed: Mapping[str, Any],
+    absent: Sequence[str] | None = None,
+    *,
+    dtype: Any,
+    device_map: Any,
+) -> nn.Module:
     """The component in a folder of a saved composition, whose files must be those that were `listed`.
+
+    `absent`: the modules that it does not have, where it was cut.
 
     Raises CatalogError: PATH, HASH, VALUE, and whatever `load_backbone` says of a broken model.
     """
@@ -96,7 +115,10 @@ def read_component(folder: Path, name: str, listed: Mapping[str, Any], *, dtype:
     for file, path in there.items():
         if sha256_file(path) != wanted[file].get("sha256"):
             raise CatalogError("HASH", name, f"{folder.name}/{file[:80]} is not the file that was written.")
-    model = load_backbone(folder, kind="causal", dtype=dtype, device_map=device_map)
+    if absent is None:
+        model = load_backbone(folder, kind="causal", dtype=dtype, device_map=device_map)
+    else:
+        model = read_cut(folder, name, absent, dtype)
     for tensor, values in model.state_dict().items():
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise CatalogError("VALUE", name, f"{tensor[:80]!r} holds NaN or infinite values.")

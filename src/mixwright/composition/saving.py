@@ -69,6 +69,8 @@ class StoredComponent:
     """Where its weights lie beside this file; null where they are as pretrained."""
     fingerprint: str | None = None
     """Of the weights in `folder`."""
+    absent: tuple[str, ...] | None = None
+    """Modules that were cut away because nobody reads them; null for a component that is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,8 @@ def _stored_component(at: int, part: Part) -> StoredComponent:
     if not part.changed:
         return StoredComponent(name=part.name, backbone=origin)
     kept, mark = f"{COMPONENTS}/{at}", fingerprint(part.model)
-    return StoredComponent(name=part.name, backbone=origin, folder=kept, fingerprint=mark)
+    absent = tuple(part.origin["absent"]) if part.is_cut else None
+    return StoredComponent(name=part.name, backbone=origin, folder=kept, fingerprint=mark, absent=absent)
 
 
 def push(

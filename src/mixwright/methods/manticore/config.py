@@ -28,6 +28,8 @@ class ManticoreConfig:
     prefix: Count = 16
     """Tokens after which a sequence has its own mixture weights, with weights=sequence; until then it has the static
     ones."""
+    layers: tuple[tuple[int, ...], ...] | None = None
+    """Layers that each component has in each block, where `export` cut the others away; None: equal runs."""
     names: tuple[str, ...] | None = None
     """Names of the components, in order; None: the last part of their paths."""
     mixture_weights: tuple[tuple[float, ...], ...] | None = None

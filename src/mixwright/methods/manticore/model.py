@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from mixwright.routers.routed_weights import RoutedMixtureWeights
 if TYPE_CHECKING:
     from mixwright.backbones.hybrid import HybridBackbone
     from mixwright.catalog.store import Catalog
+    from mixwright.methods.manticore.cost import Cost
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -91,6 +92,28 @@ class HybridModel(ComposedModel):
         """
         return ledger_of(self)
 
+    def pruned(self) -> "HybridModel":
+        """A hybrid that computes the same without what its mixture weights, each of one component alone, leave unused.
+
+        Components that act nowhere are gone, the others have the layers that act, and projectors are none. Raises
+        ValueError for a hybrid that mixes: `discretise` it first.
+        """
+        from mixwright.methods.manticore.pruning import pruned_hybrid
+
+        return pruned_hybrid(self)
+
+    def export(self, folder: str | Path) -> "HybridModel":
+        """Write `pruned()` as a folder that `mixwright.load` reads, with the licences of what is left; returns it."""
+        small = self.pruned()
+        small.save_pretrained(folder)
+        return small
+
+    def cost(self, tokens: int = 64) -> "Cost":
+        """Numbers, operations per token, memory, and what decoding keeps, counted over a text of so many tokens."""
+        from mixwright.methods.manticore.cost import cost
+
+        return cost(self, tokens)
+
     def kept_tensors(self) -> list[Tensor]:
         """Components are saved too, where training changed them."""
         return [*super().kept_tensors(), *self.backbone.components.parameters()]
@@ -114,11 +137,11 @@ def compose(
 
     if catalog is not None:
         raise ValueError("manticore composes whole models and reads no catalogue; leave catalog out.")
-    if len(backbones) < 2:
+    if len(backbones) < 2 and config.layers is None:
         raise ValueError(f"backbones: {len(backbones)} given; a hybrid has two components or more.")
     names = names_of(config, backbones)
     components, tokens = of_one_vocabulary(config, backbones, names, tokenizers)
-    hybrid = HybridBackbone(components, config.num_blocks, names, vocab_size=tokens)
+    hybrid = HybridBackbone(components, config.num_blocks, names, vocab_size=tokens, layers=config.layers)
     model = _assembled(config, hybrid, backbones)
     if config.mixture_weights is not None:
         model.mixture_weights = config.mixture_weights
