@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from mixwright.backbones.hf import bpe_tokenizer, byte_tokenizer
+from mixwright.backbones.hf import bpe_tokenizer, byte_tokenizer, load_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.backbones.tokenizers import differences, fingerprint, rows_of, same_tokenizer
 from mixwright.backbones.vocabulary import vocabulary_of, with_vocabulary
-from mixwright.errors import IncompatibleExpert
+from mixwright.errors import CatalogError, IncompatibleExpert
 
 STORY = "the cat sat on the mat and the dog sat on the cat while it rained and rained on them all day long. " * 20
 CODE = "def cat(mat):\n    return [the for the in mat if the.sat]\n\nclass Dog(Cat):\n    rained = all(day)\n" * 20
@@ -32,6 +32,12 @@ def test_the_same_tokenizer_learnt_twice_is_the_same(story: Any) -> None:
     again = bpe_tokenizer([STORY], 300)
     again.name_or_path = "another/name"
     assert same_tokenizer(story, again) and fingerprint(story) == fingerprint(again)
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Any) -> None:
+    tiny_backbone("gpt_neox").save_pretrained(tmp_path)
+    with pytest.raises(CatalogError, match="there is no tokenizer here"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_padding_token_does_not_count(story: Any) -> None:

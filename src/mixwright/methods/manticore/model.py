@@ -140,8 +140,8 @@ def compose(
     if len(backbones) < 2 and config.layers is None:
         raise ValueError(f"backbones: {len(backbones)} given; a hybrid has two components or more.")
     names = names_of(config, backbones)
-    components, tokens = of_one_vocabulary(config, backbones, names, tokenizers)
-    hybrid = HybridBackbone(components, config.num_blocks, names, vocab_size=tokens, layers=config.layers)
+    components = of_one_vocabulary(config, backbones, names, tokenizers)
+    hybrid = HybridBackbone(components, config.num_blocks, names, vocab_size=config.vocab_size, layers=config.layers)
     model = _assembled(config, hybrid, backbones)
     if config.mixture_weights is not None:
         model.mixture_weights = config.mixture_weights

@@ -21,8 +21,8 @@ _PADDED_TO = 128
 
 def of_one_vocabulary(
     config: ManticoreConfig, backbones: Sequence[nn.Module], names: Sequence[str], tokenizers: Sequence[Any] | None
-) -> tuple[list[nn.Module], int | None]:
-    """The components, those of another tokenizer than the first's with its vocabulary, and how many tokens it has.
+) -> list[nn.Module]:
+    """The components, those of another tokenizer than the first's with its vocabulary.
 
     `tokenizers`: of the components; None: those that lie beside them. Of a component without one only the size of its
     vocabulary is compared. Raises IncompatibleExpert (TOKENIZER) for others, unless `config.shared_vocabulary`.
@@ -41,7 +41,7 @@ def of_one_vocabulary(
             )
         if found:
             components[m] = with_vocabulary(backbones[m], known[m], known[0], name)
-    return components, None if known[0] is None else len(known[0])
+    return components
 
 
 def new_tables(model: "HybridModel") -> tuple[str, ...]:
