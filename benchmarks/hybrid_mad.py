@@ -43,28 +43,35 @@ Cell = dict[str, Any]
 
 
 class Cells:
-    """What was measured, a line of JSON each; `settings` are part of every key."""
+    """What was measured, a line of JSON each; `settings` are part of every key.
+
+    The file is read anew every time, so that several processes may work on it, each on other tasks or in another order.
+    """
 
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self.settings = path, settings
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = [cell for cell in map(json.loads, lines) if cell["settings"] == settings]
+
+    @property
+    def known(self) -> list[Cell]:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [cell for cell in whole if cell["settings"] == self.settings]
 
     def find(self, **key: Any) -> list[Cell]:
         return [cell for cell in self.known if all(cell[name] == value for name, value in key.items())]
 
     def add(self, cell: Cell) -> None:
-        self.known.append({**cell, "settings": self.settings})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(self.known[-1]) + "\n")
+            file.write(json.dumps({**cell, "settings": self.settings}) + "\n")
 
 
 def horizons(arm: str, size: Size, task: MadTask) -> dict[str, int]:
-    """Steps of an arm in each column."""
+    """Steps of an arm in each column; FLOPs that differ by less than a tenth count as equal."""
     tokens, targets = (lambda e: (e.tokens, e.targets))(task.sample(size.batch, 0))
     each = {name: operations(make(name, size, task, 0), tokens, targets) for name in (arm, REFERENCE)}
-    return {"steps": size.steps, "flops": round(size.steps * each[REFERENCE] / each[arm])}
+    share = each[REFERENCE] / each[arm]
+    return {"steps": size.steps, "flops": size.steps if abs(share - 1) < 0.1 else round(size.steps * share)}
 
 
 def best_rate(cells: Cells, task: str, arm: str, seed: int, steps: int) -> float:

@@ -2,14 +2,16 @@
 
 python -m benchmarks.hybrid_pretrained --pretrain  # the pair, about 20 minutes of one core; goes on where it was cut
 python -m benchmarks.hybrid_pretrained             # the comparison; resumes from --cache what was measured before
-python -m benchmarks.hybrid_pretrained --report    # the tables of the method's README, from the JSON or the cache
+python -m benchmarks.hybrid_pretrained --report    # the tables of the method's README, from the cache or the JSON
 python -m benchmarks.hybrid_pretrained --quick     # a walk through everything; its numbers say nothing
 
 The pair is pretrained on WikiText-2 and lies in --out. Targets are Shakespeare and the standard library's own source;
-see `hybrid_pretrained_texts`. Learning rates are chosen on a seed of their own, on the search part.
+see `hybrid_pretrained_texts`. Learning rates are chosen on a seed of their own, on the search part. The JSON has what
+the cache has, however the run ends; with --minutes 0 nothing is measured.
 """
 
 import argparse
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +42,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the tables of what is in the cache")
     given = parser.parse_args()
     if given.report:
-        print(tables(Cells(given.cache).found))
+        found = Cells(given.cache).found or json.loads(RESULT.read_text("utf-8"))["cells"]
+        print(tables(found))
         return
     if absent := missing(given.data):
         raise SystemExit(f"skipped: {given.data} lacks {', '.join(absent)}; name the folder with --data.")
@@ -61,9 +64,12 @@ def main() -> None:
         return
     given.cache.parent.mkdir(parents=True, exist_ok=True)
     cells = Cells(given.cache, time.time() + 60 * given.minutes)
-    run(cells, shop, given.seeds)
-    result = {"budget": asdict(budget), "rates": shop.rates, "texts": shop.texts.sizes(), "cells": cells.found}
-    write_json(RESULT, {**surroundings(started), "seeds": given.seeds, **result})
+    try:
+        run(cells, shop, given.seeds)
+    finally:
+        result = {"budget": asdict(budget), "rates": shop.rates, "texts": shop.texts.sizes(), "cells": cells.found}
+        where = {**surroundings(started), "command": "python -m benchmarks.hybrid_pretrained"}
+        write_json(RESULT, {**where, **result})
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def systems(found: Found, corpus: str) -> dict[str, dict[int, Mapping[str, Any]]
     for shape in MAIN:
         put(f"hybrid K={shape.blocks}, cut", f"hybrid {shape}", "cut")
         put(f"hybrid K={shape.blocks}, cut and tuned again", f"hybrid {shape}", "cut and tuned again")
+        for kept in ("cut", "cut and tuned again"):
+            put(f"hybrid K={shape.blocks}, {kept}, along its blocks", f"cut along blocks {shape}", kept)
     return rows
 
 

@@ -12,6 +12,7 @@ from mixwright import artifact
 from mixwright import config as configuration
 from mixwright.backbones.hf import load_backbone, load_tokenizer, provenance
 from mixwright.catalog.store import Catalog
+from mixwright.composition.components import tokenizer_of
 from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import make_batches
 from mixwright.data.tasks import read_task
@@ -268,6 +269,9 @@ def _onto(folder: str, base: nn.Module) -> ComposedModel:
 
 def _tokenizer(model: ComposedModel) -> Any:
     path = model.composition.backbone.get("path")
+    own = None if path else tokenizer_of(model)
+    if own is not None:
+        return own
     if not path:
         raise ValueError("the backbone was built in memory and has no tokenizer beside it; give tokenizer=.")
     return load_tokenizer(path, revision=model.composition.backbone.get("revision"))

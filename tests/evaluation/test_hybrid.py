@@ -14,7 +14,7 @@ from mixwright.evaluation.hybrid import explain_hybrid
 from mixwright.evaluation.hybrid_boundaries import boundaries
 from mixwright.evaluation.hybrid_counterfactuals import ENSEMBLE, HYBRID, UNIFORM, Meter, counterfactuals, leave_one_out
 from mixwright.evaluation.hybrid_documents import documents_of, losses, per_token
-from mixwright.evaluation.hybrid_rows import dense, left_out, mixes_models, rows_of
+from mixwright.evaluation.hybrid_rows import left_out, mixes_models, rows_of
 from mixwright.evaluation.hybrid_slices import slices
 from mixwright.evaluation.hybrid_sweep import flatness, grid, sweep
 from mixwright.evaluation.hybrid_trajectories import still, trajectories
@@ -247,7 +247,8 @@ def test_flatness_is_the_hessian_of_the_loss(texts):
         for place, sign in moves:
             at[place] += sign * step
         for parameter, part in zip(logits, at.split(2)):
-            parameter.data.copy_(part)
+            with torch.no_grad():
+                parameter.copy_(part)
         return by_hand(wide, texts)
 
     hessian = torch.zeros(count, count, dtype=torch.float64)
@@ -363,5 +364,25 @@ def test_a_router_that_follows_the_text_has_a_spread(texts):
     fixed = with_row(hybrid_model(rows=ROWS), "embedding", [0.3, 0.7])
     assert meter.loss(meter.forced("embedding", 0, 0.3)) == pytest.approx(by_hand(fixed, texts), abs=1e-5)
     assert losses(model, texts).shape == texts.tokens.shape
-    live = Routing(torch.tensor([0.4, 0.6]), 3, torch.tensor([0, 2]))
-    assert dense(live).tolist() == pytest.approx([0.4, 0.0, 0.6])
+
+
+def test_weights_that_depend_on_the_input_are_forced_swept_and_bent(texts):
+    routed = hybrid_model(rows=ROWS, weights="token")
+    with torch.no_grad():
+        for mixture in list(routed.mixtures.values())[1:]:
+            mixture.router.slope.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.3)
+    found = explain_hybrid(routed, texts)
+    assert found.rows[0].spread is None and all(row.spread is not None for row in found.rows[1:])
+    assert found.systems[0].loss == pytest.approx(by_hand(routed, texts), abs=1e-5)
+    static = with_row(hybrid_model(rows=ROWS), "blocks.0", [0.0, 1.0])
+    with torch.no_grad():
+        for name, parameter in static.named_parameters():
+            if "router" not in name:
+                parameter.copy_(dict(routed.named_parameters())[name])
+    for slot, mixture in routed.mixtures.items():
+        if slot != "blocks.0":
+            mixture.router = static.mixtures[slot].router
+    assert Meter(routed, texts).loss(Meter(routed, texts).forced("blocks.0", 0, 0.0)) == pytest.approx(
+        by_hand(static, texts), abs=1e-5
+    )
+    assert found.flatness is not None and len(found.flatness.rows) == 4

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from mixwright.report.hybrid_page import hybrid_page
 from mixwright.report.markup import visible
 from mixwright.report.page import explanation_page
 from mixwright.report.task_page import task_page
 
 from .hand import PIECES, TEXT, explanation
+from .hand_hybrid import hybrid
 from .hand_tasks import task_routing
 from .test_page import HOSTILE
 
@@ -156,3 +158,11 @@ def test_hostile_tasks_stay_inside_a_narrow_window(tmp_path: Path) -> None:
     for window, width in (("wide", 1280), ("narrow", 360)):
         assert seen[window]["scroll"] == width
         assert seen[window]["scripts"] == 0 and seen[window]["ran"] is False
+
+
+def test_the_page_of_a_hybrid_keeps_inside_its_window_whatever_the_names(tmp_path: Path) -> None:
+    for names in (["neox", "mamba"], [HOSTILE[0], "W" * 80, "c"]):
+        seen = opened(hybrid_page(hybrid(names)), tmp_path)
+        for window, width in (("wide", 1280), ("narrow", 360)):
+            assert seen[window]["scroll"] == seen[window]["width"] == width
+            assert seen[window]["scripts"] == 0 and seen[window]["ran"] is False

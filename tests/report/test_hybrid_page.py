@@ -46,6 +46,7 @@ def test_is_deterministic_and_holds_what_it_promises() -> None:
         *left_out_sentences(found),
         *found.missing,
         *(word for word, _ in GLOSSARY),
+        "measured as they stand inside the hybrid",
         "Block 3",
         "layers 2\u20133",
         "Tiny1ForCausalLM, width 65, 100,001 parameters",

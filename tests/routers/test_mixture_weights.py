@@ -259,6 +259,16 @@ def test_every_slot_of_a_pass_reads_the_first_ones_stream() -> None:
     assert later(stream(seq=1)[..., :4], Condition(memory=RoutingMemory())).dense().shape == (B, 1, M)
 
 
+def test_the_embeddings_row_looks_at_the_embeddings_of_those_it_allows() -> None:
+    router, embeddings = routed(), [stream(seed=m)[..., : D - m] for m in range(M)]
+    router.embed = lambda m, _: embeddings[m]
+    router.set(torch.tensor([0.3, 0.0, 0.7]))
+    plain = routed()
+    plain.set(torch.tensor([0.3, 0.0, 0.7]))
+    seen = embeddings[0] + torch.nn.functional.pad(embeddings[2], (0, 2))
+    torch.testing.assert_close(asked(router, torch.zeros(B, T, 1)), asked(plain, seen))
+
+
 def test_who_is_not_allowed_has_no_weight_for_any_input() -> None:
     router = routed()
     router.set(torch.tensor([0.3, 0.0, 0.7]))

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mixwright.training.fitted import Fitted
 from mixwright.training.gates import Findings, Gate, read_findings
+from mixwright.training.objectives import supervised
 from mixwright.training.stage import ParamGroup
 
 from .test_compositions import EXPERTS, added, stage, trained
@@ -28,9 +30,9 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_findings_come_back_from_their_record() -> None:
-    findings = Findings(record={"a": 1}, gates=(PASSED, FAILED))
+    findings = Findings(record={"a": 1}, gates=(PASSED, FAILED), sentences=("so it is.",))
     assert read_findings(json.loads(json.dumps(findings.plain()))) == findings
-    assert findings.failed() == (FAILED,) and "gate NOT passed: loss 3 > 2." in findings.said()
+    assert findings.failed() == (FAILED,) and findings.said().startswith("so it is.\ngate passed: loss 1 <= 2.")
     assert Findings(gates=(replace(PASSED, passed=None),)).failed()  # not measured is not passed
     assert read_findings({}) == Findings()
 
@@ -82,12 +84,13 @@ def test_what_no_group_selects_is_proved_unchanged(tmp_path: Path) -> None:
     proof = record(tmp_path / "a", "one")["frozen"]
     assert proof["parameters"] > 10 and len(proof["sha256"]) == 64
 
-    def moves(model: Any, step: int) -> None:
+    def moves(model: Any, batch: Any) -> torch.Tensor:
         with torch.no_grad():
             next(p for name, p in model.named_parameters() if name.endswith("experts.up")).add_(1)
+        return supervised(model, batch)
 
     with pytest.raises(AssertionError, match=r"stage one changed .*experts\.up \(1 in all\), which must stay frozen"):
-        trained(tmp_path / "b", stage("one", groups=(half,), proves_frozen=True, each_step=moves))
+        trained(tmp_path / "b", stage("one", groups=(half,), proves_frozen=True, objective=moves))
     assert not (tmp_path / "b" / "one" / "composition").exists()
 
 
@@ -107,7 +110,17 @@ def test_groups_may_be_chosen_by_the_model_and_the_objective_by_the_data(tmp_pat
     )
 
 
-def test_each_step_is_told_its_number_and_a_resumed_run_the_same(tmp_path: Path) -> None:
-    told: list[int] = []
-    trained(tmp_path, stage("one", steps=3, each_step=lambda model, step: told.append(step)))
-    assert told == [0, 1, 2]
+def test_groups_take_turns(tmp_path: Path) -> None:
+    turns = {
+        name: replace(EXPERTS, select=(f"*.experts.{name}",), turn=(n, 2)) for n, name in enumerate(("down", "up"))
+    }
+    seen: list[tuple[bool, ...]] = []
+
+    def noted(model: Any, batch: Any) -> torch.Tensor:
+        seen.append(tuple(p.requires_grad for name, p in model.named_parameters() if ".experts." in name))
+        return supervised(model, batch)
+
+    trained(tmp_path, stage("one", steps=4, groups=tuple(turns.values()), objective=noted))
+    assert seen == [(True, False), (False, True)] * 2
+    optimizer = load_file(sorted((tmp_path / "one" / "checkpoints").glob("step-*"))[-1] / "optimizer.safetensors")
+    assert {name: int(t) for name, t in optimizer.items() if name.endswith("step")} == {"0.0.step": 2, "0.1.step": 2}

@@ -97,6 +97,11 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.config = _config(self)
         self.generation_config = _generation_config(self)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """As every causal language model of transformers says of itself."""
+        return True
+
     @property
     def width(self) -> int:
         """D, of the stream: the largest of the widths."""

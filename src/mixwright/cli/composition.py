@@ -11,25 +11,44 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(metavar="COMPOSITION", help="A folder that `mixwright compose` wrote.")]
 Backbone = Annotated[
-    str | None, typer.Option("--backbone", help="Where the backbone lies now, if not where it lay at `compose`.")
+    str | None,
+    typer.Option(
+        "--backbone", help="Where the backbone lies now, if not where it lay at `compose`; several by comma, in order."
+    ),
 ]
 
 Task = Annotated[
     str | None, typer.Option("--task", help="Name or number of the task, for a composition that is routed by task.")
 ]
 
+_TOKENIZER = "tokenizer_config.json"
+
 
 def opened(folder: Path, backbone: str | None) -> tuple["ComposedModel", Any]:
-    """The composed model in a folder, and the tokenizer that lies beside its backbone."""
+    """The composed model in a folder, and its tokenizer."""
+    model = loaded(folder, backbone)
+    return model, tokenizer_in(folder, model, backbone)
+
+
+def loaded(folder: Path, backbone: str | None) -> "ComposedModel":
+    """The composed model in a folder. `backbone` may name several by comma."""
     from mixwright.api import load
+
+    several = backbone is not None and "," in backbone and not Path(backbone).exists()
+    return load(folder, backbone=backbone.split(",") if backbone is not None and several else backbone)
+
+
+def tokenizer_in(folder: Path, model: "ComposedModel", backbone: str | None) -> Any:
+    """The tokenizer that lies with a composition, or beside its backbone. Raises ValueError where neither is known."""
     from mixwright.backbones.hf import load_tokenizer
 
-    model = load(folder, backbone=backbone)
+    if (folder / _TOKENIZER).is_file():
+        return load_tokenizer(folder)
     recorded = model.composition.backbone
     home = backbone or str(recorded.get("path") or "")
     if not home:
         raise ValueError(f"{folder} does not say where its backbone lies; give --backbone FOLDER.")
-    return model, load_tokenizer(home, revision=None if backbone else recorded.get("revision"))
+    return load_tokenizer(home, revision=None if backbone else recorded.get("revision"))
 
 
 def text_of(option: str, text: str | None, file: str | None) -> str:

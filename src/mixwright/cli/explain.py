@@ -1,6 +1,7 @@
-"""`explain`: which experts or neurons acted on each token of a text, or which latent experts serve which task."""
+"""`explain`: who acted on each token of a text, which latent experts serve which task, or why a hybrid is as it is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixwright.cli.composition import Backbone, Folder, opened, text_of
+from mixwright.cli.explain_hybrid import Asked
 from mixwright.cli.output import Json, console, example, print_json
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ _EXAMPLE = (
     "mixwright explain composed --text 'Permission is hereby granted' --without licence",
     "without licence, this passage costs +0.60 nats per token",
     "mixwright explain multitask --output tasks.html --measure",
+    "mixwright explain hybrid --data held-out.jsonl --runs runs/seed-0 --runs runs/seed-1 --output hybrid.html",
 )
 
 
@@ -34,11 +37,28 @@ def explain(
     without: Annotated[
         str | None, typer.Option("--without", metavar="EXPERT", help="Measure the loss without this expert.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write one self-contained HTML page.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", "-o", help="Write one self-contained HTML page.")
+    ] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here as well as in the page.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Routed by task: time a training step and an evaluation pass here.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A hybrid: held-out texts to measure on; may stand several times."),
+    ] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--runs", help="A hybrid: output_dir of its training; with others' for a band over seeds."),
+    ] = None,
+    verdicts: Annotated[
+        list[Path] | None,
+        typer.Option("--verdicts", help="A hybrid: JSON with verdicts of comparisons made elsewhere."),
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="A hybrid: measure around the choice too.")] = True,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="A hybrid: texts of each file at most.")] = 64,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="A hybrid: tokens of a row of text.")] = 512,
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
@@ -53,19 +73,33 @@ def explain(
 
     A model that retrieves single neurons: usage by layer and head, which neurons fire on which tokens, how sure each
     retrieval was, and what was done where it was not.
+
+    A hybrid of whole models: whether it is better than its best component, what each mixture weight is worth, where it
+    helps, how its weights came about, and the ground around them. It is measured on --data, held-out texts.
     """
+    if text is None and file is None and (target is not None or without is not None):
+        raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
+    asked = Asked(
+        data=data or (), runs=runs or (), verdicts=verdicts or (), sweeps=sweep, limit=limit, max_length=max_length
+    )
     if text is None and file is None:
-        if target is not None or without is not None:
-            raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
-        _explain_tasks(composition, output, terminal, measure, backbone, as_json)
+        _explain_whole(composition, asked, output, terminal, measure, backbone, as_json)
         return
     if measure:
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
     from mixwright.evaluation.explain import explain as explained
+    from mixwright.evaluation.hybrid_rows import mixes_models
     from mixwright.evaluation.neuron_text import retrieves_neurons
 
     model, tokenizer = opened(composition, backbone)
+    if mixes_models(model):
+        if target is not None or without is not None or asked.data:
+            raise ValueError("a hybrid is explained on one text or on --data; --target and --without are for others.")
+        on_text = replace(asked, text=given)
+        _explain_hybrid(model, lambda: tokenizer, composition, on_text, output, terminal, as_json)
+        return
+    _refuse_hybrid_options(asked)
     if retrieves_neurons(model):
         _explain_neurons(model, tokenizer, given, target, without, output, terminal, as_json)
         return
@@ -98,19 +132,67 @@ def _explain_neurons(
     _deliver(page, found.to_dict, show, output, terminal, as_json)
 
 
+def _explain_whole(
+    composition: Path,
+    asked: Asked,
+    output: Path | None,
+    terminal: bool,
+    measure: bool,
+    backbone: str | None,
+    as_json: bool,
+) -> None:
+    """Without a text: a hybrid, or a model routed by task; others need one."""
+    from mixwright.cli.composition import loaded, tokenizer_in
+    from mixwright.evaluation.hybrid_rows import mixes_models
+
+    model = loaded(composition, backbone)
+    if mixes_models(model):
+        if measure:
+            raise ValueError("--measure times a model routed by task; a hybrid is measured on --data FILE.")
+        _explain_hybrid(
+            model, lambda: tokenizer_in(composition, model, backbone), composition, asked, output, terminal, as_json
+        )
+        return
+    _refuse_hybrid_options(asked)
+    _explain_tasks(model, composition, output, terminal, measure, as_json)
+
+
+def _refuse_hybrid_options(asked: Asked) -> None:
+    if asked.data or asked.runs or asked.verdicts:
+        raise ValueError(
+            "--data, --runs and --verdicts explain a hybrid of whole models, and this is none; give --text."
+        )
+
+
+def _explain_hybrid(
+    model: "ComposedModel",
+    tokenizer: Callable[[], Any],
+    composition: Path,
+    asked: Asked,
+    output: Path | None,
+    terminal: bool,
+    as_json: bool,
+) -> None:
+    from mixwright.cli.explain_hybrid import explained
+    from mixwright.report.hybrid_page import hybrid_page
+    from mixwright.report.hybrid_terminal import print_hybrid
+
+    found = explained(model, tokenizer, composition, asked, quiet=as_json)
+    page, show = partial(hybrid_page, found), partial(print_hybrid, found, console())
+    _deliver(page, found.to_dict, show, output, terminal, as_json)
+
+
 def _explain_tasks(
-    composition: Path, output: Path | None, terminal: bool, measure: bool, backbone: str | None, as_json: bool
+    model: "ComposedModel", composition: Path, output: Path | None, terminal: bool, measure: bool, as_json: bool
 ) -> None:
     from dataclasses import asdict
 
-    from mixwright.api import load
     from mixwright.evaluation.step_time import step_times
     from mixwright.evaluation.task_alarms import task_alarms
     from mixwright.evaluation.task_routing import is_task_routed, task_routing
     from mixwright.report.task_page import task_page
     from mixwright.report.task_terminal import print_task_routing
 
-    model = load(composition, backbone=backbone)
     if not is_task_routed(model):
         text_of("--text", None, None)
     found = task_routing(model)

@@ -43,6 +43,7 @@ def run(
     if can_generate is None or not can_generate():
         raise ValueError("this backbone writes no text; `mixwright explain` shows what its experts do.")
     from mixwright.composition.by_task import of_task
+    from mixwright.evaluation.hybrid_rows import mixes_models
     from mixwright.evaluation.task_routing import is_task_routed
 
     condition = of_task(model, task)
@@ -50,6 +51,11 @@ def run(
         raise ValueError(
             "--trace explains token by token, and this model is routed by task; leave it out. `mixwright explain "
             f"{composition}` shows which task uses which latent expert."
+        )
+    if trace and mixes_models(model):
+        raise ValueError(
+            "--trace explains experts beside a backbone, and this is a hybrid of whole models; leave it out. "
+            f"`mixwright explain {composition} --text TEXT` measures it on a text."
         )
     say: Callable[[str], None] = _quiet if as_json else _write
     model.eval()

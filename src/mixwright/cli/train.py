@@ -104,6 +104,11 @@ def _show_plan(report: "TrainingReport") -> None:
     for plan in report.plans:
         parts = (f"{name}: {count:,} at rate {rate:g}" for name, (count, rate) in plan.groups.items())
         say(f"{plan.name} trains{' at most' if plan.at_most else ''} {'; '.join(parts)}", markup=False)
+        if plan.seconds_per_step is not None:
+            hours = plan.steps * plan.seconds_per_step / 3600
+            say(f"{plan.name}: about {hours:.2g} hours ({plan.seconds_per_step:.3g} s a step, by twenty of them)")
+    for text in dict.fromkeys(plan.cost for plan in report.plans if plan.cost):
+        say(text, markup=False)
     held_out = f", {report.validation_examples} held out" if report.validation_examples else ""
     longest = f"; longest of some: {report.longest} tokens" if report.longest else ""
     examples = f"{report.examples} examples" if report.examples else f"{sum(report.new_tasks.values())} shots"

@@ -126,18 +126,24 @@ def read_component(
 
 
 def write_tokenizer(model: "ComposedModel", folder: Path) -> None:
-    """The tokenizer of a model made of several beside it: the one it was given, else that of a component's folder."""
-    tokenizer = model.tokenizer
-    for part in parts_in(model) if tokenizer is None else ():
-        path = str(part.origin.get("path") or "")
-        try:
-            tokenizer = load_tokenizer(path, revision=part.origin.get("revision")) if path else None
-        except CatalogError:
-            continue
-        if tokenizer is not None:
-            break
+    """The tokenizer of a model made of several beside it."""
+    tokenizer = tokenizer_of(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def tokenizer_of(model: "ComposedModel") -> Any:
+    """The tokenizer of a model made of several: the one it was given, else that of a component's folder, or None."""
+    if model.tokenizer is not None:
+        return model.tokenizer
+    for part in parts_in(model):
+        path = str(part.origin.get("path") or "")
+        try:
+            if path:
+                return load_tokenizer(path, revision=part.origin.get("revision"))
+        except CatalogError:
+            continue
+    return None
 
 
 def dtype_of(model: nn.Module) -> str | None:

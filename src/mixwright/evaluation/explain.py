@@ -17,6 +17,7 @@ from mixwright.catalog.card import RESERVED
 from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
+from mixwright.evaluation.hybrid_rows import mixes_models
 from mixwright.evaluation.reading import Stream, inputs_of, read
 from mixwright.evaluation.task_routing import is_task_routed
 
@@ -107,6 +108,10 @@ def explain(
         raise ValueError(
             "this model is routed by task: every token of a text gets the same latent experts. Leave out the text; "
             "`mixwright explain FOLDER` shows which task uses which."
+        )
+    if mixes_models(model):
+        raise ValueError(
+            "this model is a hybrid of whole models, with no backbone beside them; explain_hybrid measures it on texts."
         )
     if without is not None:
         model.index(without)

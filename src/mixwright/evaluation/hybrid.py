@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.explain import described
 from mixwright.evaluation.hybrid_boundaries import Boundary, boundaries
+from mixwright.evaluation.hybrid_cost import cost_lines
 from mixwright.evaluation.hybrid_counterfactuals import (
     HYBRID,
     Counterfactual,
@@ -117,23 +118,23 @@ def explain_hybrid(
 ) -> HybridExplanation:
     """Measure what can be measured with what is given: texts for losses, folders of runs for trajectories.
 
-    `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark) and
-    `licences` are shown as they are given; so are `verdicts`, comparisons that were made elsewhere, at equal tokens or
-    FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises ValueError for a model whose experts
-    are not parts of whole models, and what `trajectories` raises.
+    `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark)
+    stands in place of what is counted here. `licences` are shown as they are given; so are `verdicts`, comparisons that
+    were made elsewhere, at equal tokens or FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises
+    ValueError for a model whose experts are not parts of whole models, and what `trajectories` raises.
     """
     if not mixes_models(model):
         raise ValueError("this model is no hybrid of whole models, whose experts are embeddings, runs and heads.")
     rows = rows_of(model, _first(model, documents))
     paths = trajectories(runs, list(model.mixtures), list(model.experts)) if runs else []
     found: dict[str, Any] = {} if documents is None else _measured(model, documents, rows, progress, sweeps=sweeps)
-    missing = _missing(model, documents, rows, runs, cost, licences, verdicts, sweeps=sweeps)
+    missing = _missing(model, documents, rows, runs, licences, verdicts, sweeps=sweeps)
     return HybridExplanation(
         components=_components(model),
         slots=list(model.mixtures),
         rows=rows,
         trajectories=paths,
-        cost=[*cost],
+        cost=[*(cost or cost_lines(model, rows, documents))],
         licences=[dict(one) for one in licences],
         obligations=[*obligations],
         verdicts=[dict(one) for one in verdicts],
@@ -231,7 +232,6 @@ def _missing(
     documents: Documents | None,
     rows: Sequence[Row],
     runs: Sequence[Any],
-    cost: Sequence[Any],
     licences: Sequence[Any],
     verdicts: Sequence[Any],
     *,
@@ -266,8 +266,9 @@ def _missing(
         said.append("The ground around the choice: sweeps were switched off (--no-sweep).")
     if any(row.spread is not None for row in rows):
         said.append("Sweeps of the router itself: a forced weight is the same for all tokens, the hybrid's is not.")
-    if not cost:
-        said.append("What it costs: no figures were at hand.")
+    if documents is None:
+        said.append("Operations of a pass: they are counted on texts, and none were given.")
+    said.append("Time, memory and energy: nothing was timed here, and operations are no time.")
     if not licences:
         said.append("Licences: no ledger was at hand.")
     return said

@@ -61,7 +61,7 @@ def rows_of(model: ComposedModel, inputs: Mapping[str, Any]) -> list[Row]:
 
 
 def _row(name: str, slots: tuple[str, ...], routing: Routing, mask: Tensor | None) -> Row:
-    weights = dense(routing).detach().double().cpu()
+    weights = routing.dense().detach().double().cpu()
     if weights[..., 0].numel() == 1:
         return Row(name=name, slots=slots, weights=tuple(weights.flatten().tolist()))
     if mask is not None and weights.dim() == 3 and weights.shape[:2] == mask.shape:
@@ -69,14 +69,6 @@ def _row(name: str, slots: tuple[str, ...], routing: Routing, mask: Tensor | Non
     each = weights.reshape(-1, routing.num_experts)
     spread = tuple(each.std(0, correction=0).tolist())
     return Row(name=name, slots=slots, weights=tuple(each.mean(0).tolist()), spread=spread)
-
-
-def dense(routing: Routing) -> Float[Tensor, "*decision experts"]:
-    """One weight for every component, also where one list of ids stands for all decisions."""
-    if routing.indices is None:
-        return routing.weights
-    full = routing.weights.new_zeros((*routing.weights.shape[:-1], routing.num_experts))
-    return full.index_copy(-1, routing.indices.reshape(-1).to(full.device), routing.weights)
 
 
 class ForcedWeight(AbstractRouter):
@@ -90,7 +82,7 @@ class ForcedWeight(AbstractRouter):
 
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The routing of the router beneath, with one weight in its place."""
-        weights = dense(self.router(x, condition)).clone()
+        weights = self.router(x, condition).dense().clone()
         weights[..., self.component] = 0.0
         left = weights.sum(-1, keepdim=True)
         others = torch.ones_like(weights)
@@ -121,7 +113,8 @@ def acting(weights: Float[Tensor, "*decision models"], count: int) -> Routing:
     live = (weights != 0).reshape(-1, count).any(0).nonzero().flatten().cpu()
     if len(live) == count:
         return Routing(weights, count)
-    return Routing(weights.index_select(-1, live.to(weights.device)), count, live)
+    chosen = weights.index_select(-1, live.to(weights.device))
+    return Routing(chosen, count, live.expand(chosen.shape))
 
 
 def forced(model: ComposedModel, row: str, component: int, value: float) -> AbstractContextManager[None]:

@@ -132,7 +132,7 @@ def flatness(model: ComposedModel, documents: Documents, batches: int = 4) -> Fl
         here = _gradient(model, part, logits, before, directions[0], 0.0)
     finally:
         for parameter, value, flag in zip(logits, before, asked, strict=True):
-            parameter.data.copy_(value)
+            _put(parameter, value)
             parameter.requires_grad_(flag)
     basis = torch.stack(directions)
     hessian = basis @ torch.stack(columns, -1)
@@ -143,7 +143,8 @@ def flatness(model: ComposedModel, documents: Documents, batches: int = 4) -> Fl
 
 def _free(router: nn.Module) -> tuple[nn.Parameter, Tensor] | None:
     """A row's logits and which of them are live; None where fewer than two are, or it has none."""
-    logits, allowed = getattr(router, "logits", None), getattr(router, "allowed", None)
+    row = getattr(router, "static", router)  # of a router that adds something for each token, what it adds to
+    logits, allowed = getattr(row, "logits", None), getattr(row, "allowed", None)
     if not isinstance(logits, nn.Parameter) or logits.dim() != 1:
         return None
     live = torch.ones_like(logits, dtype=torch.bool) if allowed is None else allowed
@@ -166,6 +167,11 @@ def _directions(rows: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Float[Tenso
     return found
 
 
+@torch.no_grad()
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
 def _gradient(
     model: ComposedModel,
     batches: Sequence[Batch],
@@ -178,7 +184,7 @@ def _gradient(
     start = 0
     for parameter, value in zip(logits, before, strict=True):
         moved = step * direction[start : start + len(value)]
-        parameter.data.copy_(value + moved.to(value))
+        _put(parameter, value + moved.to(value))
         start += len(value)
     total, tokens = [torch.zeros(len(value), dtype=torch.float64) for value in before], 0
     with eval_mode(model), torch.enable_grad():

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-LOG = "log.jsonl"
+LOG, RECORD = "log.jsonl", "trained.json"
 PREFIX = "weight."
 _STILL = 1e-6
 
@@ -93,3 +94,27 @@ def _read(log: Path) -> dict[int, dict[str, float]]:
 def still(trajectory: Trajectory) -> bool:
     """Whether the weight stood where it was, in every run."""
     return max(trajectory.high) - min(trajectory.low) < _STILL
+
+
+def recorded_verdicts(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The verdicts that stages of these runs wrote into their records, with the run's name where there are several.
+
+    These were made where components could be trained on as many tokens as the hybrid. Raises ValueError for a record
+    that is no JSON object.
+    """
+    found: list[dict[str, Any]] = []
+    for folder in map(Path, folders):
+        for record in sorted(folder.glob(f"*/{RECORD}")) + sorted(folder.glob(RECORD)):
+            found += [{**one, "run": folder.name} if len(folders) > 1 else one for one in verdicts_in(record)]
+    return found
+
+
+def verdicts_in(file: Path) -> list[dict[str, Any]]:
+    """The `verdicts` of a JSON object, or of its `findings`; none where it has none. Raises ValueError, naming it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        held = content.get("findings") or content
+        listed = held.get("verdicts") or []
+        return [dict(one) for one in listed]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: no JSON object with a list of verdicts ({error}).") from None

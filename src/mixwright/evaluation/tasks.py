@@ -96,7 +96,7 @@ def _of_task(batch: Batch, task: int | None) -> Batch:
 
 def kind_of(model: ComposedModel) -> Kind:
     """causal, seq2seq or encoder. Raises ValueError for a backbone that reads no text."""
-    kind = provenance(model.backbone)["kind"]
+    kind = model.composition.backbone.get("kind") or provenance(model.backbone)["kind"]
     if kind not in METRIC:
         raise ValueError(f"a backbone of kind {kind!r} reads no text; evaluation knows {', '.join(METRIC)}.")
     return cast(Kind, kind)

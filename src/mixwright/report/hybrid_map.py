@@ -97,7 +97,7 @@ def _table(found: HybridExplanation) -> str:
             lines.append(tag("tr", name, who, tag("td", f"{row.weights[m]:.2f}"), *cells))
     even = f"At {1 / max(len(found.components), 1):.2g}"
     head = ("Place", "Component", "Weight", "Without it", "Nothing else", even)
-    caption = "Change of the loss in nats per token, with its 95 % interval; darker is more."
+    caption = "Change of the loss in nats per token, with its 95 % interval; a stronger colour is more."
     return tag("h3", "Every weight") + tag("p", caption, class_="note") + tag("div", table(head, lines), class_="worth")
 
 

@@ -15,6 +15,11 @@ from mixwright.report.provenance import provenance
 
 _LICENCES = ("component", "spdx", "revision", "source")
 
+_AS_THEY_STAND = (
+    "Components alone are measured as they stand inside the hybrid; where training changed them there, that may be "
+    "less than what they might have become alone."
+)
+
 
 def hybrid_page(found: HybridExplanation) -> str:
     """The page as one string of HTML: no script, no file beside it, nothing from the network."""
@@ -54,7 +59,7 @@ def _headline(found: HybridExplanation) -> list[str]:
         facts += [("loss of the best component alone", f"{found.best.loss:.3f}")]
     if found.texts is not None:
         facts += [("texts", f"{found.texts.documents:,}"), ("tokens", f"{found.texts.tokens:,}")]
-    where = "" if found.texts is None else f"Measured on {', '.join(found.texts.files)}."
+    where = "" if found.texts is None else f"Measured on {', '.join(found.texts.files)}. {_AS_THEY_STAND}"
     return [
         tag("p", "mixwright explain", class_="kicker"),
         tag("h1", "What this hybrid is made of, and why"),

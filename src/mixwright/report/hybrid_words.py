@@ -91,8 +91,10 @@ def _elsewhere(one: dict[str, object]) -> str:
     runs = one.get("seeds")
     seeds = f", {len(runs)} training runs" if isinstance(runs, Sequence) and len(runs) > 1 else ""
     is_what = f"no significant difference from {rival}" if str(word).startswith("no ") else f"{word} than {rival}"
+    run = f", run {one['run']}" if one.get("run") else ""
     begin = f"At {budget}, {system}: {is_what}"
-    return f"{begin} ({signed(value)} nats per token, 95 % interval {signed(low)} to {signed(high)}, {n} texts{seeds})."
+    spread = f"95 % interval {signed(low)} to {signed(high)}"
+    return f"{begin} ({signed(value)} nats per token, {spread}, {n} texts{seeds}{run})."
 
 
 def _only(found: HybridExplanation) -> str | None:

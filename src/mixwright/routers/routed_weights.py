@@ -1,8 +1,10 @@
 """Mixture weights that depend on the input, which those of the paper don't: static ones can't serve two tasks at once.
 
-What a token knows is the running mean of the stream that enters the first block, the components' embeddings, over the
-real tokens up to its own. It is worked out once in a pass and kept where caches and beams carry it.
+What a token knows is the running mean of the components' embeddings over the real tokens up to its own. It is worked
+out once in a pass, at the embedding, and kept where caches and beams carry it.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -18,9 +20,11 @@ _NAME = "mixture"
 class RoutedMixtureWeights(AbstractRouter):
     """alpha_t = softmax((a + S f_t) / tau): S is zero at first, where every bit is that of the static weights.
 
-    f_t = rms_norm(mean of the stream's tokens 0..t). `prefix` 0: a choice for each token. Otherwise one for each
-    sequence: the mean is of its first `prefix` real tokens, and tokens before that many are known have the static
-    weights, so that no token depends on a later one. Not from the paper; every row shares f.
+    f_t = rms_norm(mean over tokens 0..t of sum_m pad(E_m)), m being the components that the embedding allows: `embed`
+    gives E_m, in the row of the embedding; a row without it that comes first in a pass takes the stream. `prefix` 0: a
+    choice for each token. Otherwise one for each sequence: the mean is of its first `prefix` real tokens, and
+    tokens before that many are known have the static weights, so that no token depends on a later one. Not from the
+    paper; every row shares f.
     """
 
     def __init__(self, static: MixtureWeights, width: int, prefix: int = 0) -> None:
@@ -28,6 +32,7 @@ class RoutedMixtureWeights(AbstractRouter):
         self.num_experts = static.num_experts
         self.static = static
         self.prefix = prefix
+        self.embed: Callable[[int, Tensor | None], Tensor] | None = None
         self.slope = nn.Parameter(torch.zeros(static.num_experts, width))
 
     def weights(self) -> Float[Tensor, " models"]:
@@ -39,7 +44,7 @@ class RoutedMixtureWeights(AbstractRouter):
         self.static.set(weights)
 
     def forward(self, x: Tensor, condition: Condition) -> Routing:
-        """A choice for each token. Not at the embedding, where there is no stream to look at yet."""
+        """A choice for each token."""
         feature = self._feature(x, condition)
         cpu, ids = self.static.live()
         if len(cpu) == 1:
@@ -66,8 +71,13 @@ class RoutedMixtureWeights(AbstractRouter):
                     f"the cache holds {memory.unseen} tokens that these mixture weights have not seen; give the cache "
                     "that an earlier pass of this model returned, or none."
                 )
-            memory.shared[name] = stream_mean(memory, name, self._fitted(x), real_tokens(x, condition), self.prefix)
+            seen = self._fitted(x) if self.embed is None else self._embedded(self.embed)
+            real = real_tokens(seen, condition)
+            memory.shared[name] = stream_mean(memory, memory.visit(name), seen, real, self.prefix)
         return memory.shared[name]
+
+    def _embedded(self, embed: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+        return torch.stack([self._fitted(embed(m, None)) for m in self.static.live()[0].tolist()]).sum(0)
 
     def _fitted(self, x: Tensor) -> Tensor:
         width = self.slope.shape[1]

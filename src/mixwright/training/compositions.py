@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mixwright.composition.components import ledger_of
 from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import Batches
 from mixwright.data.mixture import numbered
@@ -237,7 +238,12 @@ def _planned(job: Job, stages: Sequence[Stage], chosen: Sequence[Stage], load: L
 
 
 def _refuse_unsaved(model: ComposedModel, stage: Stage) -> None:
-    """A stage that trains what `save_pretrained` does not write would lose it: an error of the method."""
+    """A stage that trains what `save_pretrained` does not write would lose it: an error of the method.
+
+    Raises CatalogError (LICENCE) before anything is trained that could not be saved after.
+    """
+    if stage.leaves:
+        ledger_of(model)
     if not stage.leaves:
         return
     kept = {tensor.data_ptr() for tensor in model.kept_tensors()}

@@ -16,6 +16,7 @@ from mixwright.files import exclusive_lock
 from mixwright.recipe import TrainConfig
 from mixwright.training.checkpoint import Checkpoints, Snapshot
 from mixwright.training.fitted import Fitted
+from mixwright.training.forecast import STEPS
 from mixwright.training.interrupt import Interruption, interruption
 from mixwright.training.processes import make_accelerator
 from mixwright.training.progress import Report, reporting
@@ -94,6 +95,7 @@ class _Run:
     def from_step(self, done: int) -> Fitted:
         stage, updater, began = self.updater.stage, self.updater, time.monotonic()
         losses: list[float] = []
+        predicted: float | None = None
         self.report.step(done, None)
         if done == 0:
             updater.consider(0)
@@ -104,6 +106,8 @@ class _Run:
                 self._save(step)
                 raise
             self._after(step + 1, losses[-1])
+            if step + 1 == done + STEPS:
+                predicted = (time.monotonic() - began) / STEPS * (stage.steps - done)
         if self.config.tracker is not None:
             self.accelerator.end_training()
         best = updater.keep_best()
@@ -114,6 +118,7 @@ class _Run:
             seconds=time.monotonic() - began,
             losses=tuple(losses),
             held_out={} if best is None else best.by_task,
+            predicted=predicted,
         )
 
     def _after(self, done: int, loss: float) -> None:
@@ -218,9 +223,10 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
 def _own_rule(group: ParamGroup) -> list[str | float | None]:
     rule: list[str | float | None] = []
     if (group.optimizer, group.lr_end) != ("adamw", 1.0):
-        rule = [group.optimizer, group.lr_end]
-    apart = (group.delay, group.clip, group.weight_decay)
-    return rule if apart == (0.0, True, None) else [*rule, *apart]
+        rule += [group.optimizer, group.lr_end]
+    if (group.delay, group.clip, group.weight_decay) != (0.0, True, None):
+        rule += [group.delay, group.clip, group.weight_decay]
+    return rule if group.turn is None else [*rule, *group.turn]
 
 
 class _Log:

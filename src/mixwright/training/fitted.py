@@ -16,3 +16,5 @@ class Fitted:
     losses: tuple[float, ...] = ()
     held_out: Mapping[str, float] = field(default_factory=dict[str, float])
     said: str = ""
+    predicted: float | None = None
+    """Seconds that the first twenty steps let expect; None for fewer."""

@@ -23,23 +23,30 @@ class Findings:
 
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
     gates: tuple[Gate, ...] = ()
+    sentences: tuple[str, ...] = ()
+    """What is to be said beside the gates."""
 
     def failed(self) -> tuple[Gate, ...]:
         """Gates that were not passed."""
         return tuple(gate for gate in self.gates if not gate.passed)
 
     def said(self) -> str:
-        """One line for each gate."""
-        return "\n".join(f"{_WORDS[gate.passed]}: {gate.said}" for gate in self.gates)
+        """One line for each sentence, and for each gate."""
+        return "\n".join((*self.sentences, *(f"{_WORDS[gate.passed]}: {gate.said}" for gate in self.gates)))
 
     def plain(self) -> dict[str, Any]:
         """For a JSON file."""
-        return {"gates": [asdict(gate) for gate in self.gates], "findings": dict(self.record)}
+        gates = [asdict(gate) for gate in self.gates]
+        return {"gates": gates, "findings": dict(self.record), "sentences": list(self.sentences)}
 
 
 def read_findings(record: Mapping[str, Any]) -> Findings:
     """What `plain` wrote; empty for a record without gates."""
-    return Findings(record=record.get("findings", {}), gates=tuple(Gate(**gate) for gate in record.get("gates", ())))
+    return Findings(
+        record=record.get("findings", {}),
+        gates=tuple(Gate(**gate) for gate in record.get("gates", ())),
+        sentences=tuple(record.get("sentences", ())),
+    )
 
 
 _WORDS = {True: "gate passed", False: "gate NOT passed", None: "gate not measured"}

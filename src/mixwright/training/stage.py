@@ -44,10 +44,12 @@ class ParamGroup:
     scale than the rest, as mixture weights do."""
     weight_decay: float | None = None
     """Decoupled weight decay; None: the stage's."""
+    turn: tuple[int, int] | None = None
+    """(which, of how many): it learns in every so many steps only, and is frozen in the turns of others."""
 
     def is_awake(self, step: int, steps: int) -> bool:
         """Whether it learns in update `step` (from 0) of `steps`."""
-        return step >= int(self.delay * steps)
+        return step >= int(self.delay * steps) and (self.turn is None or step % self.turn[1] == self.turn[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,6 @@ class Stage:
     """What learns, where that depends on the model that was built; then `groups` is not asked."""
     prepare: Callable[[Any, Job, bool], Objective] | None = None
     """(model, job, quiet) -> the objective, where it must see model and data before the first step."""
-    each_step: Callable[[Any, int], None] | None = None
-    """(model, step) before each update: what changes in time. A function of the step alone, so that a run that is
-    resumed goes on alike."""
     examine: Callable[[Any, Job, bool], Findings] | None = None
     """(model, job, quiet): what is measured of the trained composition, and the gates that it must pass."""
     stops: bool = False

@@ -77,8 +77,6 @@ class Updater:
         set_rate(self.optimizers, self.stage.rate(step), step / self.stage.steps)
         tell_progress(self._following, step / self.stage.steps)
         self._enter_training()
-        if self.stage.each_step is not None:
-            self.stage.each_step(self.model, step)
         awake = self._members(lambda group: self._is_awake(group, step))
         for parameter in self.parameters.values():
             dense = parameter in awake and parameter not in self.tables
@@ -224,7 +222,7 @@ class Updater:
             raise ValueError(
                 f"step {step}: no token of its {split} examples counts ({rows}); are their completions cut off?"
             )
-        if len(self.sources) > 1 or any(group.delay for group in self.stage.groups):
+        if len(self.sources) > 1 or any(group.delay or group.turn for group in self.stage.groups):
             self._set_trainable(step, split)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in zip(indices, passes, strict=True):

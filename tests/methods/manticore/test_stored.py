@@ -15,10 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import mixwright as mw
 from mixwright.backbones.hf import byte_tokenizer, load_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
+from mixwright.cli import build
 from mixwright.composition import components, ledger, saving
 from mixwright.errors import CatalogError, IncompatibleExpert
 from mixwright.files import sha256_file
@@ -338,6 +340,17 @@ def test_push_to_hub_uploads_everything_once(pair: Pair) -> None:
     assert model.push_to_hub("me/hybrid", client=hub) == "https://hub/me/hybrid"
     assert [name for name, _ in hub.calls] == ["create", "upload"]
     assert {KEPT, "ledger.json", "NOTICE", "README.md"} <= set(hub.calls[1][1])
+
+
+def test_the_verb_checks_a_saved_hybrid(pair: Pair, tmp_path: Path) -> None:
+    pair.compose().save_pretrained(tmp_path / "saved")
+    check = ["licences", str(tmp_path / "saved")]
+    result = CliRunner().invoke(build(), check, catch_exceptions=False)
+    assert (result.exit_code, "together: Apache-2.0 AND MIT" in result.output) == (0, True)
+    stored = tmp_path / "saved" / "composition.yaml"
+    stored.write_text(stored.read_text().replace("name: left", "name: lift"))
+    with pytest.raises(CatalogError, match="^LICENCE .*does not cover component 'lift'"):
+        CliRunner().invoke(build(), check, catch_exceptions=False)
 
 
 def test_saved_files_can_be_read_by_others(pair: Pair, tmp_path: Path) -> None:

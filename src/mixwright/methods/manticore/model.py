@@ -77,6 +77,12 @@ class HybridModel(ComposedModel):
     def head_weights(self, weights: Any) -> None:
         self.row(HEAD).set(torch.as_tensor(weights))
 
+    def discretise(self) -> None:
+        """Each row keeps the component with the largest weight, the earliest on a tie: one run of layers per block."""
+        for slot in self.mixtures:
+            row = self.row(slot)
+            row.set(torch.nn.functional.one_hot(row.weights().argmax(), len(self.experts)).float())
+
     def row(self, slot: str) -> MixtureWeights:
         """The mixture weights of a slot, of which input-dependent ones have the static part: `embedding`, `blocks.0`
         and so on, `head`."""
@@ -181,7 +187,7 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone", origins: Seque
             paper_row = path in (EMBEDDING, "blocks.0", HEAD)
             row = shared if shared is not None and paper_row else _row(config, hybrid)
             if path == EMBEDDING and isinstance(row, RoutedMixtureWeights):
-                row = row.static  # there is no stream to look at yet
+                row.embed = run
             mixtures[path] = Mixture(None, row, experts)
     described = Composition(
         method=METHOD.name,

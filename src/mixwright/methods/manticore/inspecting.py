@@ -1,0 +1,68 @@
+"""Stage *inspect*: what can be known before anything is trained, so that nothing is found out after."""
+
+from typing import Any
+
+import torch
+
+from mixwright.composition.eval_mode import eval_mode
+from mixwright.errors import CatalogError
+from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.programming import context_limit
+from mixwright.training.gates import Findings, Gate
+from mixwright.training.job import Job
+
+
+def inspect(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
+    """Sizes, context limits, and that each component alone is itself inside the hybrid."""
+    del config, quiet
+    parts = [_described(model, number) for number in range(len(model.components))]
+    gates = (_context(model, job), _identity(model, job))
+    return Findings(record={"components": parts}, gates=gates)
+
+
+def _described(model: HybridModel, number: int) -> dict[str, Any]:
+    component, backbone = model.components[number], model.backbone
+    return {
+        "name": model.experts[number],
+        "architecture": type(component).__name__,
+        "layers": [len(run) for run in backbone.runs[number]],
+        "width": backbone.widths[number],
+        "parameters": sum(p.numel() for p in component.parameters()),
+        "context_limit": context_limit(component),
+    }
+
+
+def _context(model: HybridModel, job: Job) -> Gate:
+    limits = {name: context_limit(part) for name, part in zip(model.experts, model.components, strict=True)}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    length = job.recipe.data.max_length
+    if not known:
+        return Gate(name="context", passed=True, measured=length, said="no component says that its context ends.")
+    least = min(known, key=lambda name: known[name])
+    passed = length <= known[least]
+    said = f"data.max_length {length} {'<=' if passed else '>'} {known[least]}, the context limit of {least}."
+    return Gate(name="context", passed=passed, measured=length, bound=known[least], said=said)
+
+
+@torch.no_grad()
+def _identity(model: HybridModel, job: Job) -> Gate:
+    """One-hot mixture weights give the component's own logits, to the bit."""
+    assert job.data is not None
+    device = next(model.parameters()).device
+    inputs = job.data.collate(job.data.examples[:1]).to(device).inputs
+    gaps: dict[str, float] = {}
+    with eval_mode(model):
+        for name, component in zip(model.experts, model.components, strict=True):
+            with model.only(name):
+                ours = model(**inputs, use_cache=False).logits
+            theirs = component(**inputs, use_cache=False).logits[..., : ours.shape[-1]]
+            gaps[name] = float((ours - theirs).abs().max())
+    worst = max(gaps, key=lambda name: gaps[name])
+    said = f"largest difference between {worst} alone in the hybrid and outside: {gaps[worst]:g}."
+    return Gate(name="identity", passed=gaps[worst] == 0.0, measured=gaps[worst], bound=0.0, said=said)
+
+
+def unknown_licence(error: CatalogError) -> Gate:
+    """A licence that nobody says."""
+    return Gate(name="licences", passed=False, said=str(error))
