@@ -15,6 +15,7 @@ from mixwright.methods.manticore.noting import Notes, training_settings
 from mixwright.methods.manticore.parameters import LEAVE, PROJECTORS, WEIGHTS, present
 from mixwright.methods.manticore.rewinding import on_copies
 from mixwright.methods.manticore.starting import fresh, pretrained_of, under
+from mixwright.methods.manticore.vocabularies import new_tables
 from mixwright.training.gates import Findings
 from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
@@ -36,7 +37,7 @@ class Align:
             name="align",
             steps=config.align_steps,
             build=self._build,
-            choose_groups=lambda model: align_groups(model, config),
+            choose_groups=lambda model: align_groups(model, config, new_tables(model)),
             prepare=lambda model, job, quiet: align_objective(model, job, config, quiet=quiet),
             examine=self._examine,
         )
