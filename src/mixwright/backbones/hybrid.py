@@ -20,7 +20,7 @@ from mixwright.backbones.absent import outside_of
 from mixwright.backbones.coroutine import coroutine_type
 from mixwright.backbones.hybrid_cache import HybridCache
 from mixwright.backbones.parts import Parts, parts_of, runs_of, split
-from mixwright.backbones.session import Pass
+from mixwright.backbones.session import Pass, kept
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IGNORED = frozenset({"return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"})
@@ -46,6 +46,13 @@ class Slot(nn.Module):
         """
         assert self.current is not None, "a slot ran outside a pass of its hybrid"
         return self.current.run(self.number, component, hidden)
+
+    def sole(self) -> int:
+        """See `HybridBackbone.sole`."""
+        return self.fallback
+
+    def passed_over(self) -> None:
+        """Nothing is to be done."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The fallback's part of the pass."""
@@ -93,6 +100,8 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.blocks = nn.ModuleList(Slot(k + 1) for k in range(num_blocks))
         self.head = Slot(num_blocks + 1)
         self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
+        self._held: dict[int, tuple[nn.Module, Any, list[tuple[nn.Module, str]]]] = {}
+        self._places = tuple(map(_places, self.runs, self.tails))
         self.coroutine = coroutine_type(coroutines)
         self.config = _config(self)
         self.generation_config = _generation_config(self)
@@ -123,24 +132,26 @@ class HybridBackbone(nn.Module, GenerationMixin):
         One whose last layer is not of the last block is suspended behind it as well, before its own norm.
         """
         parts, model, tail = self.parts[component], self.components[component], self.tails[component]
+        held = self._held.get(component)
+        if held is None or held[0] is not model:
+            ends = [path.rpartition(".") for path in (tail, parts.head) if path is not None]
+            owners = [(model.get_submodule(owner), name) for owner, _, name in ends]
+            held = self._held[component] = (model, model.get_submodule(parts.layers), owners)
         first = [run[0] for run in self.runs[component] if run] or [0]
-        ends = [model.get_submodule(path) for path in (tail, parts.head) if path is not None]
-        return *(parts.layer(model, layer) for layer in first), *ends
+        return *(held[1][layer] for layer in first), *(getattr(owner, name) for owner, name in held[2])
 
     def place(self, component: int, number: int) -> int:
         """Which of its stops is where a component enters slot `number`.
 
         Raises ValueError for a block of which it has no layers.
         """
-        runs = self.runs[component]
-        if number > self.num_blocks:
-            return max(1, sum(map(bool, runs))) + (self.tails[component] is not None)
-        if not runs[number - 1]:
+        found = self._places[component][number]
+        if found is None:
             raise ValueError(
                 f"component {self.names[component]!r} has no layers in block {number - 1}: they were cut away when the "
                 "hybrid was discretised. Set other mixture weights on the hybrid that it was made from."
             )
-        return sum(map(bool, runs[: number - 1]))
+        return found
 
     def forward(
         self,
@@ -162,19 +173,49 @@ class HybridBackbone(nn.Module, GenerationMixin):
         if cache is None and use_cache:
             cache = HybridCache()
         with self._pass(input_ids, attention_mask, position_ids, cache) as current:
-            hidden = self.embedding(input_ids.unsqueeze(-1).float())
-            for block in self.blocks:
-                hidden = block(hidden)
-            if isinstance(logits_to_keep, int):
-                logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-            else:  # weights may differ between tokens: whoever mixes must know which these are
-                logits = self.head(hidden)[:, logits_to_keep]
+            sole = self.sole()
+            if sole is None:
+                logits = self._mixed(input_ids, logits_to_keep)
+            else:
+                logits = current.whole(sole, logits_to_keep)
+                for stand in self.stands():
+                    stand.passed_over()  # type: ignore[operator]
             current.finish()
         loss = None
         if labels is not None:
             number = kwargs.get("num_items_in_batch")
             loss = ForCausalLMLoss(logits, labels, self.vocab_size, num_items_in_batch=number)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def stands(self) -> tuple[nn.Module, ...]:
+        """Who stands at the slots: the slots themselves, or mixtures."""
+        return self.embedding, *self.blocks, self.head
+
+    def sole(self) -> int | None:
+        """The component that everybody at the slots follows, if they know before the pass that they follow one.
+
+        It can then go in one go. Whoever stands at a slot may say so by a method `sole`, and is told by `passed_over`
+        that the pass went by; one whose calls somebody watches is called.
+        """
+        followed: int | None = None
+        for stand in self.stands():
+            ask: Any = getattr(stand, "sole", None)
+            if ask is None or stand._forward_hooks or stand._forward_pre_hooks:
+                return None
+            found = ask()
+            if found is None or followed not in (None, found):
+                return None
+            followed = found
+        whole = followed is not None and self.tails[followed] is None and all(self.runs[followed])
+        return followed if whole else None
+
+    def _mixed(self, ids: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        hidden = self.embedding(ids.unsqueeze(-1).float())
+        for block in self.blocks:
+            hidden = block(hidden)
+        if isinstance(logits_to_keep, int):
+            return self.head(kept(hidden, logits_to_keep))
+        return self.head(hidden)[:, logits_to_keep]  # whoever mixes tokens differently must know which these are
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """That of every component, not reentrant unless asked."""
@@ -211,12 +252,8 @@ class HybridBackbone(nn.Module, GenerationMixin):
         return any(getattr(component, "_is_stateful", False) for component in self.components)
 
     def uncached(self) -> str | None:
-        """The name of a component that has no cache of transformers' today; a hybrid with it can't have one either."""
-        for component, parts, name in zip(self.components, self.parts, self.names):
-            supports = getattr(component, "_supports_default_dynamic_cache", lambda: False)
-            if parts.cache_name is None or not supports():
-                return name
-        return None
+        """The name of a component that keeps no cache that can be carried; a hybrid with it has none either."""
+        return next((name for parts, name in zip(self.parts, self.names) if parts.cache_name is None), None)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
@@ -246,6 +283,13 @@ class HybridBackbone(nn.Module, GenerationMixin):
 def _tail(component: nn.Module, parts: Parts, runs: Sequence[range]) -> str | None:
     """Where a component is suspended behind its last layer; None where that is at the head, or nobody asks."""
     return outside_of(component, parts).tail if any(runs) and not runs[-1] else None
+
+
+def _places(runs: Sequence[range], tail: str | None) -> tuple[int | None, ...]:
+    """Which of a component's stops is the entry of each slot; None for a block without layers of its own."""
+    before = [sum(map(bool, runs[:k])) for k in range(len(runs))]
+    blocks = [place if run else None for place, run in zip(before, runs)]
+    return 0, *blocks, max(1, sum(map(bool, runs))) + (tail is not None)
 
 
 def _refuse_strange(kwargs: Mapping[str, Any]) -> None:

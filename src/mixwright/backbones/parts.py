@@ -26,7 +26,8 @@ class Parts:
     """What has to be known of a model to suspend its forward between layers.
 
     `layers`, `embedding`, `head`: paths of modules. `widths`: of the hidden state that enters each layer and, last, the
-    head. `takes`: names of the arguments of its forward. `vocab_size`: the rows of its head.
+    head. `takes`: names of the arguments of its forward; `cache_name`, that of its cache, None for a model that takes
+    none of today's caches. `vocab_size`: the rows of its head.
     """
 
     layers: str
@@ -34,17 +35,13 @@ class Parts:
     head: str
     widths: tuple[int, ...]
     takes: frozenset[str]
+    cache_name: str | None
     vocab_size: int
 
     @property
     def num_layers(self) -> int:
         """How many layers there are to be cut between."""
         return len(self.widths) - 1
-
-    @property
-    def cache_name(self) -> str | None:
-        """What its forward calls its cache; None for a model that takes none of today's caches."""
-        return next((name for name in _CACHES if name in self.takes), None)
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """Layer number `index` of `model`."""
@@ -89,6 +86,7 @@ def parts_of(model: nn.Module, name: str = "") -> Parts:
         head=paths[id(head)],
         widths=tuple(width for _, width in seen.entered),
         takes=takes,
+        cache_name=_cache_name(model, takes),
         vocab_size=int(vocab_size),
     )
 
@@ -108,6 +106,11 @@ def refused(name: str, reason: str) -> IncompatibleExpert:
     return IncompatibleExpert(
         "CUT", name, f"{reason} It can't be a component of a hybrid; `mixwright probe` shows which families can."
     )
+
+
+def _cache_name(model: nn.Module, takes: frozenset[str]) -> str | None:
+    supports: Any = getattr(model, "_supports_default_dynamic_cache", lambda: False)
+    return next((name for name in _CACHES if name in takes and supports()), None)
 
 
 @dataclass

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Session:
     """One component's pass. Masks, positions, caches, norms and logits are its own; only hidden states are exchanged.
 
-    `stops` are the modules at whose entry it stops: `at` counts them, -1 before the start, and `hidden` is what
-    stands there. `output` is what its forward returned, once `done`.
+    `stops` are the modules at whose entry it stops: `at` counts them, -1 before the start, and `hidden` is what stands
+    there. `output` is what its forward returned, once it has.
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class Session:
         arguments: Mapping[str, Any],
         kind: Callable[[Callable[[], Any]], AbstractCoroutine],
     ) -> None:
-        self.stops = stops
         self.at = -1
         self.hidden: Tensor | None = None
         self.output: Any = None
@@ -48,24 +47,33 @@ class Session:
         Those see no gradient: what they compute is needed by masks and caches at most.
         """
         if self.at < 0 and place == 0:
-            self._run(None)
+            self.go(None)
         while self.at < place:
             with torch.no_grad():
-                self._run(None)
-        assert self.at == place and self.hidden is not None, f"entry {place} of a component that is at {self.at}"
+                self.go(None)
+        assert self.at == place and self.hidden is not None, f"stop {place} of a component that is at {self.at}"
         return self.hidden
 
-    def advance(self, place: int, x: Tensor) -> Any:
-        """Go on from `place` with `x`: the hidden state at the next entry, or the output of the whole forward."""
-        own = self.reach(place)
-        self._run(x if x.device == own.device and x.dtype == own.dtype else x.to(own.device, own.dtype))
-        return self.output if self.done else self.hidden
+    def go(self, x: Tensor | None) -> Any:
+        """Go on with `x`, or as it is: the hidden state at the next stop, or the output of the whole forward."""
+        coroutine = self._coroutine
+        self._inside = True
+        try:
+            found = coroutine.start() if self.at < 0 else coroutine.resume(x)
+        finally:
+            self._inside = False
+        self.at += 1
+        if coroutine.done:
+            self.output, self.hidden = found, None
+        else:
+            self.hidden = found
+        return found
 
     def finish(self) -> None:
         """Run what is left, without gradient, so that its cache sees these tokens in every layer."""
         with torch.no_grad():
-            while not self.done:
-                self._run(None)
+            while not self._coroutine.done:
+                self.go(None)
 
     def close(self) -> None:
         """Take the hooks out and leave the forward where it is."""
@@ -76,24 +84,12 @@ class Session:
             self._coroutine.close()
         self.hidden = None
 
-    def _run(self, x: Tensor | None) -> None:
-        self._inside = True
-        try:
-            found = self._coroutine.start() if self.at < 0 else self._coroutine.resume(x)
-        finally:
-            self._inside = False
-        self.at += 1
-        if self._coroutine.done:
-            self.output, self.hidden = found, None
-        else:
-            self.hidden = found
-
     def _stop(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._inside:
             return None  # another component's pass through a module that both hold
         own, name = hidden_of(args, kwargs)
         x = self._coroutine.hand_over(own)
-        if x is None:
+        if x is None or x is own:
             return None
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
@@ -110,6 +106,7 @@ class Pass:
         self.hybrid, self.ids, self.cache = hybrid, ids, cache
         self.given: dict[str, Tensor | None] = {"input_ids": ids, **given}
         self.sessions: dict[int, Session] = {}
+        self.device, self.last, self.widths = ids.device, hybrid.num_blocks, hybrid.widths
 
     def run(self, number: int, component: int, hidden: Tensor | None) -> Tensor:
         """See `hybrid.Slot.run`."""
@@ -118,13 +115,24 @@ class Pass:
             session = self.sessions[component] = self._session(component)
         if number == 0:
             return self._out(component, session.reach(0))
-        place = self.hybrid.place(component, number)
-        own = session.reach(place)
-        out = session.advance(place, own if hidden is None else hidden[..., : own.shape[-1]])
-        if number <= self.hybrid.num_blocks:
-            return self._out(component, out)
-        logits = out.logits if hasattr(out, "logits") else out[0]
-        return logits[..., : self.hybrid.vocab_size].to(self.ids.device)
+        own = session.reach(self.hybrid.place(component, number))
+        out = session.go(own if hidden is None else _like(hidden, own))
+        return self._out(component, out) if number <= self.last else self.logits(out)
+
+    def whole(self, component: int, logits_to_keep: int | Tensor) -> Tensor:
+        """The logits of a component that nobody interferes with: its forward in one go."""
+        model, parts = self.hybrid.components[component], self.hybrid.parts[component]
+        arguments = self._arguments(component, model)
+        if "logits_to_keep" in parts.takes:
+            return self.logits(model(**arguments, logits_to_keep=logits_to_keep))
+        return kept(self.logits(model(**arguments)), logits_to_keep)
+
+    def logits(self, output: Any) -> Tensor:
+        """Those of a component's output that are tokens of the hybrid, on the device of the stream."""
+        found = output.logits if hasattr(output, "logits") else output[0]
+        if found.shape[-1] != self.hybrid.vocab_size:
+            found = found[..., : self.hybrid.vocab_size]
+        return found.to(self.device)
 
     def finish(self) -> None:
         """Count the tokens; who reads its masks off the last layer of its cache runs to its end, others need not."""
@@ -141,30 +149,44 @@ class Pass:
             session.close()
 
     def _out(self, component: int, hidden: Tensor) -> Tensor:
-        missing = self.hybrid.widths[component] - hidden.shape[-1]
-        return (pad(hidden, (0, missing)) if missing else hidden).to(self.ids.device)
+        missing = self.widths[component] - hidden.shape[-1]
+        return (pad(hidden, (0, missing)) if missing else hidden).to(self.device)
 
     def _session(self, component: int) -> Session:
         model = self.hybrid.components[component]
-        arguments = self._arguments(component, model)
-        return Session(model, self.hybrid.stops(component), arguments, self.hybrid.coroutine)
+        return Session(model, self.hybrid.stops(component), self._arguments(component, model), self.hybrid.coroutine)
 
     def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
-        parts, name = self.hybrid.parts[component], self.hybrid.names[component]
+        parts, cache = self.hybrid.parts[component], self.cache
         there = next(model.parameters()).device
         arguments: dict[str, Any] = {
             key: value.to(there) for key, value in self.given.items() if value is not None and key in parts.takes
         }
         if "use_cache" in parts.takes:
-            arguments["use_cache"] = self.cache is not None
-        if self.cache is None:
+            arguments["use_cache"] = cache is not None
+        if cache is None:
             return arguments
+        name = self.hybrid.names[component]
         if parts.cache_name is None:
             raise ValueError(
                 f"component {name!r} keeps no cache that a hybrid could carry; pass use_cache=False, as `generate` "
                 "does by itself."
             )
-        arguments[parts.cache_name] = self.cache.of(component, name, model)
-        if self.cache.length and self.ids.shape[1] == 1 and not self.cache.has_attention(component):
+        arguments[parts.cache_name] = cache.of(component, name, model)
+        if cache.length and self.ids.shape[1] == 1 and not cache.has_attention(component):
             arguments.pop("attention_mask", None)  # padding was zeroed when it passed
         return arguments
+
+
+def kept(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The tokens whose logits are wanted: the last few, those of a list, or all for 0."""
+    if isinstance(logits_to_keep, Tensor):
+        return values[:, logits_to_keep]
+    return values[:, -logits_to_keep:] if logits_to_keep else values
+
+
+def _like(hidden: Tensor, own: Tensor) -> Tensor:
+    """As wide as the component's own hidden state, in its dtype and on its device."""
+    if hidden.shape[-1] != own.shape[-1]:
+        hidden = hidden[..., : own.shape[-1]]
+    return hidden.to(own.device, own.dtype)

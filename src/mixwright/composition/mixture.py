@@ -10,6 +10,7 @@ from mixwright.composition.entry import Carried
 from mixwright.experts.base import AbstractExperts
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.retriever import AbstractRetriever
+from mixwright.routing import Routing
 from mixwright.sites import linear_site
 
 
@@ -63,6 +64,22 @@ class Mixture(nn.Module):
                 combined = out + experts(tokens, routing, condition).to(out.dtype)
         return combined.flatten(0, 1) if combined.dim() > read.dim() else combined
 
+    def sole(self) -> int | None:
+        """The expert that is the whole output here, where that is known before the input is, for a backbone that asks.
+
+        It may then leave this mixture out, and says so by `passed_over`.
+        """
+        if not self.channel.enabled:
+            bare: Any = self.bare
+            return None if bare is None else bare.sole()
+        routing = self._settled()
+        return None if routing is None else self.experts.sole(routing)
+
+    def passed_over(self) -> None:
+        """Note the routing of a pass that went by because `sole` had an answer."""
+        if self.channel.trace is not None and self.channel.enabled and (routing := self._settled()) is not None:
+            self.channel.note(self.site, routing)
+
     def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """What the experts say to `x` by themselves, also where they are disabled; with a batch axis."""
         tokens, condition = self._with_batch_axis(x), self.channel.condition_at(self.stream)
@@ -72,6 +89,11 @@ class Mixture(nn.Module):
     def bare(self) -> nn.Module | None:
         """What stood here before: the base, or what the experts replaced."""
         return self.replaced if self.base is None else self.base
+
+    def _settled(self) -> Routing | None:
+        if self.base is not None or self.experts._forward_hooks or self.router._forward_hooks:
+            return None
+        return self.channel.override or self.router.settled()
 
     def _fresh(self, base: nn.Module) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""

@@ -22,6 +22,10 @@ class AbstractExperts(nn.Module, ABC):
     ) -> Float[Tensor, "*batch d_out"]:
         """The experts' combined output for `x`."""
 
+    def sole(self, routing: Routing) -> int | None:
+        """The expert that is the whole output under `routing`, of kinds that then hand it over as it is."""
+        del routing
+
     def onto(
         self,
         base: Float[Tensor, "*batch d_out"],

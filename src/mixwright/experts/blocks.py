@@ -29,6 +29,10 @@ class EmbeddingExperts(AbstractExperts):
         self.run, self.num_experts, self.width = run, len(widths), max(widths)
         self.members = Reader()
 
+    def sole(self, routing: Routing) -> int | None:
+        """The component that acts alone at weight 1, if one does."""
+        return alone(self.members(routing))
+
     def forward(self, x: Tensor, routing: Routing, condition: Condition) -> Float[Tensor, "batch seq width"]:
         """The mixed stream; `x` is not read: components embed the pass's own tokens."""
         del x, condition
@@ -53,6 +57,10 @@ class BlockExperts(AbstractExperts):
         self.leave = nn.ModuleList(make_projector(projectors, d, self.width) or nn.Identity() for d in widths)
         self.members = Reader()
 
+    def sole(self, routing: Routing) -> int | None:
+        """The component that acts alone at weight 1, if one does."""
+        return alone(self.members(routing))
+
     def forward(
         self, x: Float[Tensor, "batch seq d_in"], routing: Routing, condition: Condition
     ) -> Float[Tensor, "batch d_seq d_out"]:
@@ -76,6 +84,10 @@ class HeadExperts(AbstractExperts):
         super().__init__()
         self.run, self.num_experts, self.widths = run, len(widths), tuple(widths)
         self.members = Reader()
+
+    def sole(self, routing: Routing) -> int | None:
+        """The component that acts alone at weight 1, if one does."""
+        return alone(self.members(routing))
 
     def forward(
         self, x: Float[Tensor, "batch seq d_in"], routing: Routing, condition: Condition

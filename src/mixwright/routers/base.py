@@ -18,6 +18,9 @@ class AbstractRouter(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
         """The routing of this pass; its decision axes broadcast against those of `x`."""
 
+    def settled(self) -> Routing | None:
+        """The routing, where one expert acts alone whatever the input is, of kinds that can know."""
+
 
 class WideBuffers(nn.Module):
     """Its buffers stay float32 when the model around them is cast to something narrower: what was measured or

@@ -83,6 +83,15 @@ class MixtureWeights(AbstractRouter):
                 )
         return self._routing[1]
 
+    def settled(self) -> Routing | None:
+        """The routing where one component is allowed alone, whose weight is then 1."""
+        ids, beside = self.live()
+        if self._alone is None or self._alone[0] is not ids:
+            with torch.inference_mode(False):
+                one = torch.ones(1, device=beside.device)
+                self._alone = (ids, Routing(one, self.num_experts, ids) if len(ids) == 1 else None)
+        return self._alone[1]
+
     @property
     def is_drawing(self) -> bool:
         """Whether the weights of the next pass are random."""
@@ -135,6 +144,7 @@ class MixtureWeights(AbstractRouter):
     def _forget(self) -> None:
         self._routing: tuple[Any, Routing] | None = None
         self._live: tuple[Any, Tensor, Tensor] | None = None
+        self._alone: tuple[Tensor, Routing | None] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MixtureWeights":
         """As nn.Module's, but a cast to less than float32 moves logits and temperature without rounding them."""
@@ -147,7 +157,7 @@ class MixtureWeights(AbstractRouter):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routing": None, "_live": None}
+        return {**self.__dict__, "_routing": None, "_live": None, "_alone": None}
 
 
 def _gumbel(like: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class RoutedMixtureWeights(AbstractRouter):
             weights = self.static.relaxed(logits, condition)
         return Routing(weights, self.num_experts, cpu.expand(weights.shape))
 
+    def settled(self) -> Routing | None:
+        """The routing where one component is allowed alone: then the input says nothing."""
+        return self.static.settled()
+
     def _feature(self, x: Tensor, condition: Condition) -> Float[Tensor, "batch seq width"]:
         memory = condition.memory
         if memory is None or not memory.is_open:

@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mixwright as mw
+from mixwright.methods.manticore.aligning import Align
+from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.fitting import fit_projectors
 from mixwright.methods.manticore.model import HybridModel
 
@@ -114,3 +116,16 @@ def test_a_strong_ridge_is_identity() -> None:
 def test_projectors_that_are_not_affine_are_refused() -> None:
     with pytest.raises(ValueError, match="blocks.0.enter.0 is Sequential: least squares fits affine projectors"):
         fit_projectors(hybrid("mlp", 1), Supply(), tokens=64)
+
+
+@pytest.mark.parametrize(("kind", "is_fresh"), [("least_squares", True), ("least_squares", False), ("identity", True)])
+def test_the_stage_align_fits_before_its_first_step_what_nothing_has_trained(kind: str, is_fresh: bool) -> None:
+    settings: dict[str, Any] = {"projectors": kind, "align_cache": "off"}
+    align, model = Align(ManticoreConfig(**settings)), hybrid(kind, 1)
+    align.is_fresh = is_fresh
+    prepare: Any = align.stage().prepare
+    prepare(model, SimpleNamespace(data=Supply()), True)
+    identity = torch.eye(24)
+    assert torch.equal(model.mixtures["blocks.0"].experts.enter[0].weight, identity) == (
+        kind == "identity" or not is_fresh
+    )

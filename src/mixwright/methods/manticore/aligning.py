@@ -8,6 +8,7 @@ from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import Batches
 from mixwright.methods.manticore.cached_align import CachedAlign, Store, bytes_needed, tokens_of
 from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.fitting import fit_projectors
 from mixwright.methods.manticore.gates import align_gates
 from mixwright.methods.manticore.losses import reference
 from mixwright.methods.manticore.model import HybridModel
@@ -28,6 +29,7 @@ class Align:
     def __init__(self, config: ManticoreConfig) -> None:
         self.config = config
         self.notes = Notes()
+        self.is_fresh = False
 
     def stage(self) -> Stage:
         """The stage."""
@@ -38,13 +40,21 @@ class Align:
             steps=config.align_steps,
             build=self._build,
             choose_groups=lambda model: align_groups(model, config, new_tables(model)),
-            prepare=lambda model, job, quiet: align_objective(model, job, config, quiet=quiet),
+            prepare=self._prepare,
             examine=self._examine,
         )
 
     def _build(self, backbone: nn.Module, seed: int, before: ComposedModel | None) -> HybridModel:
+        self.is_fresh = before is None
         model = fresh(self.config, backbone, seed) if before is None else under(self.config, before)
         return self.notes.started(on_copies(model, pretrained_of(backbone)), backbone)
+
+    def _prepare(self, model: HybridModel, job: Job, quiet: bool) -> Objective:
+        """Projectors of least squares are fitted before the first step, unless they have learned already."""
+        if self.is_fresh and self.config.projectors == "least_squares":
+            assert job.data is not None
+            fit_projectors(model, job.data)
+        return align_objective(model, job, self.config, quiet=quiet)
 
     def _examine(self, model: HybridModel, job: Job, quiet: bool) -> Findings:
         del quiet

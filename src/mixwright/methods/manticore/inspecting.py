@@ -7,6 +7,7 @@ import torch
 from mixwright.composition.eval_mode import eval_mode
 from mixwright.errors import CatalogError
 from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.cost import TOKENS, cost
 from mixwright.methods.manticore.model import HybridModel
 from mixwright.methods.manticore.programming import context_limit
 from mixwright.training.gates import Findings, Gate
@@ -14,11 +15,16 @@ from mixwright.training.job import Job
 
 
 def inspect(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
-    """Sizes, context limits, and that each component alone is itself inside the hybrid."""
+    """Licences, sizes, context limits, what the hybrid costs, and that each component alone is itself inside it."""
     del config, quiet
     parts = [_described(model, number) for number in range(len(model.components))]
-    gates = (_context(model, job), _identity(model, job))
-    return Findings(record={"components": parts}, gates=gates)
+    licences, gate = _licences(model)
+    expected = cost(model, min(job.recipe.data.max_length, TOKENS))
+    return Findings(
+        record={"components": parts, "licences": licences, "cost": expected.plain(job.recipe.data.max_length)},
+        gates=(gate, _context(model, job), _identity(model, job)),
+        sentences=tuple(expected.text(job.recipe.data.max_length).splitlines()),
+    )
 
 
 def _described(model: HybridModel, number: int) -> dict[str, Any]:
@@ -63,6 +69,13 @@ def _identity(model: HybridModel, job: Job) -> Gate:
     return Gate(name="identity", passed=gaps[worst] == 0.0, measured=gaps[worst], bound=0.0, said=said)
 
 
-def unknown_licence(error: CatalogError) -> Gate:
-    """A licence that nobody says."""
-    return Gate(name="licences", passed=False, said=str(error))
+def _licences(model: HybridModel) -> tuple[dict[str, Any] | None, Gate]:
+    """The ledger, and whether every licence in it is known: without that nothing of this could be saved."""
+    try:
+        ledger = model.ledger()
+    except CatalogError as error:
+        return None, Gate(name="licences", passed=False, said=str(error))
+    said = f"every licence is known: {ledger.expression.spdx}."
+    if ledger.conflicts:
+        return ledger.plain(), Gate(name="licences", passed=False, said=ledger.conflicts[0].why)
+    return ledger.plain(), Gate(name="licences", passed=True, said=said)
