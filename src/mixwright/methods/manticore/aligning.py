@@ -80,6 +80,8 @@ def align_groups(model: nn.Module, config: ManticoreConfig, trained: tuple[str, 
 
 def why_not_cached(config: ManticoreConfig) -> str | None:
     """Why nothing can be kept under these settings; None where something can."""
+    if config.shared_vocabulary:
+        return "config.shared_vocabulary: new embeddings learn, and change what components read"
     if config.align != "output":
         return "config.align=full: the input projectors learn, and change what components read"
     if config.num_blocks > 1:
