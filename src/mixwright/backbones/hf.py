@@ -34,6 +34,7 @@ _NAMES_CODE = frozenset(
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "special_tokens*")
 _KINDS = ("auto", "causal", "seq2seq", "speech", "encoder")
 
 
@@ -107,6 +108,10 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> An
     from transformers import AutoTokenizer
 
     folder, _ = _folder(path_or_id, revision)
+    if not any(found for pattern in _TOKENIZER for found in folder.glob(pattern)):  # transformers would make one up
+        raise CatalogError(
+            "PATH", str(path_or_id), "there is no tokenizer here; expected a file such as tokenizer.json."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -30,7 +30,7 @@ def pruned(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     """
     parts = parts_of(model)
     kept = _checked(layers, parts.num_layers)
-    small = _copied(model)
+    small = copied(model)
     if len(kept) == parts.num_layers:
         return small
     name = type(model).__name__
@@ -50,7 +50,7 @@ def _checked(layers: Sequence[int], count: int) -> list[int]:
     return kept
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """New modules around the same tensors."""
     tensors = chain(model.parameters(), model.buffers(), _loose_tensors(model))
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

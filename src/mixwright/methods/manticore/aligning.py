@@ -16,6 +16,7 @@ from mixwright.methods.manticore.noting import Notes, training_settings
 from mixwright.methods.manticore.parameters import LEAVE, PROJECTORS, WEIGHTS, present
 from mixwright.methods.manticore.rewinding import on_copies
 from mixwright.methods.manticore.starting import fresh, pretrained_of, under
+from mixwright.methods.manticore.vocabularies import new_tables
 from mixwright.training.gates import Findings
 from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
@@ -38,7 +39,7 @@ class Align:
             name="align",
             steps=config.align_steps,
             build=self._build,
-            choose_groups=lambda model: align_groups(model, config),
+            choose_groups=lambda model: align_groups(model, config, new_tables(model)),
             prepare=self._prepare,
             examine=self._examine,
         )
@@ -79,6 +80,8 @@ def align_groups(model: nn.Module, config: ManticoreConfig, trained: tuple[str, 
 
 def why_not_cached(config: ManticoreConfig) -> str | None:
     """Why nothing can be kept under these settings; None where something can."""
+    if config.shared_vocabulary:
+        return "config.shared_vocabulary: new embeddings learn, and change what components read"
     if config.align != "output":
         return "config.align=full: the input projectors learn, and change what components read"
     if config.num_blocks > 1:

@@ -36,6 +36,12 @@ class ManticoreConfig:
     mixture_weights: tuple[tuple[float, ...], ...] | None = None
     """K rows of mixture weights to be kept: programming, from metadata or from small proxy tasks; nothing is searched
     then. None: uniform at first."""
+    shared_vocabulary: bool = False
+    """Whether components of other tokenizers than the first one's are given its vocabulary, with new embeddings and
+    heads out of their old rows, for *align* to train (ours; the paper draws new ones for every component). Otherwise
+    they are refused."""
+    vocab_size: Count | None = None
+    """Columns of the logits; None: the rows of the smallest head. The tokenizer's length leaves out rows of padding."""
     licences: dict[str, str] | None = None
     """SPDX id or expression of a component's licence, by its name, where its folder does not say it or says it wrong.
     Composing and running ask for none; a hybrid with a component whose licence is unknown is not saved."""

@@ -19,6 +19,7 @@ from mixwright.composition.probe import Probe, Seen
 from mixwright.experts.base import AbstractExperts
 from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
 from mixwright.methods.manticore.config import METHOD, ManticoreConfig
+from mixwright.methods.manticore.vocabularies import of_one_vocabulary
 from mixwright.ops.digest import fingerprint, weights_digest
 from mixwright.routers.base import AbstractRouter
 from mixwright.routers.mixture_weights import MixtureWeights
@@ -129,10 +130,16 @@ class HybridModel(ComposedModel):
         return tuple(f"blocks.{k}" for k in range(self.backbone.num_blocks))
 
 
-def compose(config: ManticoreConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> HybridModel:
+def compose(
+    config: ManticoreConfig,
+    backbones: Sequence[nn.Module],
+    catalog: "Catalog | None" = None,
+    tokenizers: Sequence[Any] | None = None,
+) -> HybridModel:
     """A hybrid of `backbones`, causal language models; nothing of them is changed. It needs no catalogue.
 
-    Raises ValueError for fewer than two, and IncompatibleExpert for what can't be cut into blocks or mixed.
+    `tokenizers`: of the components, where they do not lie beside them. Raises ValueError for fewer than two components,
+    and IncompatibleExpert for what can't be cut into blocks or mixed, and for different tokenizers.
     """
     from mixwright.backbones.hybrid import HybridBackbone
 
@@ -140,8 +147,10 @@ def compose(config: ManticoreConfig, backbones: Sequence[nn.Module], catalog: "C
         raise ValueError("manticore composes whole models and reads no catalogue; leave catalog out.")
     if len(backbones) < 2 and config.layers is None:
         raise ValueError(f"backbones: {len(backbones)} given; a hybrid has two components or more.")
-    hybrid = HybridBackbone(backbones, config.num_blocks, names_of(config, backbones), layers=config.layers)
-    model = _assembled(config, hybrid)
+    names = names_of(config, backbones)
+    components = of_one_vocabulary(config, backbones, names, tokenizers)
+    hybrid = HybridBackbone(components, config.num_blocks, names, vocab_size=config.vocab_size, layers=config.layers)
+    model = _assembled(config, hybrid, backbones)
     if config.mixture_weights is not None:
         model.mixture_weights = config.mixture_weights
     return model
@@ -162,7 +171,7 @@ def names_of(config: ManticoreConfig, backbones: Sequence[nn.Module]) -> tuple[s
     return tuple(found)
 
 
-def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel:
+def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone", origins: Sequence[nn.Module]) -> HybridModel:
     slots = {path: hybrid.get_submodule(path) for path in slots_of(hybrid)}
     shared = _row(config, hybrid) if config.rows == "block" else None
     mixtures: dict[str, Mixture] = {}
@@ -186,7 +195,7 @@ def _assembled(config: ManticoreConfig, hybrid: "HybridBackbone") -> HybridModel
         method=METHOD.name,
         config=asdict(config),
         backbone={"kind": "causal", "architecture": "Hybrid"},
-        experts=[_entry(name, component) for name, component in zip(hybrid.names, hybrid.components)],
+        experts=[_entry(name, component) for name, component in zip(hybrid.names, origins)],
         citation=METHOD.paper.bibtex,
     )
     seen = Probe({path: Seen(order, "decoder", order) for order, path in enumerate(slots)}, ran=True)

@@ -11,7 +11,7 @@ from mixwright.config import decode
 from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.model import HybridModel, compose, copies
 
-BUILT_IN = frozenset({"num_blocks", "projectors", "rows", "weights", "names", "prefix"})
+BUILT_IN = frozenset({"num_blocks", "projectors", "rows", "weights", "names", "prefix", "shared_vocabulary"})
 """What a composition that is there already can't be told otherwise. All else may be set anew."""
 
 
