@@ -35,7 +35,9 @@ class Bench:
     def __post_init__(self) -> None:
         rows = self.component.get_output_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
         partner = tiny_backbone("gpt_neox", vocab_size=int(rows), seed=1)
-        config = ManticoreConfig(num_blocks=NUM_BLOCKS, projectors="identity", names=("family", "partner"))
+        config = ManticoreConfig(
+            num_blocks=NUM_BLOCKS, projectors="identity", names=("family", "partner"), vocab_size=int(rows)
+        )
         self.hybrid = compose(config, [self.component, partner]).eval()
         self.hybrid.requires_grad_(True)
         self.hybrid.backbone.generation_config.eos_token_id = None
