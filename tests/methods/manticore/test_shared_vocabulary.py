@@ -23,7 +23,8 @@ PAST = torch.tensor([[5, 280, 290, 299]])  # tokens that the second one's own vo
 
 def folders(place: Path) -> list[str]:
     for family, size in SIZES.items():
-        tiny_backbone(family, vocab_size=size).save_pretrained(place / family)
+        model: Any = tiny_backbone(family, vocab_size=size)
+        model.save_pretrained(place / family)
         bpe_tokenizer([WORDS], size).save_pretrained(place / family)
     return [str(place / family) for family in SIZES]
 
@@ -118,7 +119,8 @@ def test_tables_of_heads_of_their_own_both_learn(tmp_path: Path) -> None:
     place = tmp_path / "untied"
     (place).mkdir()
     made = recipe(place, align_steps=1)
-    tiny_backbone("mamba2", vocab_size=272, seed=3).save_pretrained(place / "qwen3")
+    untied: Any = tiny_backbone("mamba2", vocab_size=272, seed=3)
+    untied.save_pretrained(place / "qwen3")
     train(made, stage="align")
     component: nn.Module = left(place, "align").components[1]
     embedding, head = tables(component)

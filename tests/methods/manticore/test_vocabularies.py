@@ -22,7 +22,8 @@ def tokenizer(size: int) -> Any:
 
 
 def folder(place: Path, family: str, size: int, rows: int) -> nn.Module:
-    tiny_backbone(family, vocab_size=rows).save_pretrained(place)
+    model: Any = tiny_backbone(family, vocab_size=rows)
+    model.save_pretrained(place)
     tokenizer(size).save_pretrained(place)
     return load_backbone(place)
 

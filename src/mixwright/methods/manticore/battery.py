@@ -103,7 +103,7 @@ def generate(bench: Bench) -> str | None:
     model, prompt = bench.hybrid, bench.ids[:, :6]
     cached = model.backbone.uncached() is None
     ways: Mapping[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}}
-    common = {"max_new_tokens": 4, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    common: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     for way, options in ways.items():
         found: list[Tensor] = []
         for use_cache in (False, cached):
@@ -144,7 +144,11 @@ def checkpointing(bench: Bench) -> str | None:
     layer = bench.component.get_submodule(f"{parts.layers}.0")
     runs: list[int] = []
     inside = [module for module in layer.modules() if module is not layer]
-    hooks = [module.register_forward_pre_hook(lambda *_: runs.append(1)) for module in inside]
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        runs.append(1)
+
+    hooks = [module.register_forward_pre_hook(count) for module in inside]
     bench.hybrid.train()
     try:
         plain = _gradients(bench)

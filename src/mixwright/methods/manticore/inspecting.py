@@ -19,7 +19,7 @@ from mixwright.training.job import Job
 
 
 def inspect(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
-    """Licences, sizes, tokenizers, context limits, what the hybrid costs, and that each component alone is itself inside it."""
+    """Licences, sizes, tokenizers, context limits, cost, and that each component alone is itself inside the hybrid."""
     del quiet
     parts = [_described(model, number) for number in range(len(model.components))]
     licences, gate = _licences(model)

@@ -26,7 +26,8 @@ def of_one_vocabulary(
     """The components, those of another tokenizer than the first's with its vocabulary.
 
     `tokenizers`: of the components; None: those that lie beside them. Of a component without one only the size of its
-    vocabulary is compared, give or take padding. Raises IncompatibleExpert (TOKENIZER) for others, unless `config.shared_vocabulary`.
+    vocabulary is compared, give or take padding. Raises IncompatibleExpert (TOKENIZER) for others, unless
+    `config.shared_vocabulary`.
     """
     known = [tokenizer_beside(each) for each in backbones] if tokenizers is None else list(tokenizers)
     if len(known) != len(backbones):
