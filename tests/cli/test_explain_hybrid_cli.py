@@ -68,6 +68,7 @@ def test_a_page_from_texts_runs_and_records(place: Path) -> None:
     assert "mean of 2 runs" in page and "polygon" in page
     assert "Apache-2.0" in page and "MIT" in page and "not legal advice" in page
     assert "the best of its components" in page and "Operations per token, hybrid" in page
+    assert "Decode state at 1,024 tokens" in page and "Peak memory" in page
     assert "switched off (--no-sweep)" in page and "wrote" in result.output
 
 
