@@ -125,7 +125,7 @@ def _timed(job: Job, stage: Stage, model: nn.Module, data: Batches) -> float | N
 
 def _cost_of(model: nn.Module) -> str:
     counted: Any = getattr(type(model), "cost", None)
-    return str(counted(model).text()) if callable(counted) else ""
+    return "" if counted is None else str(counted(model).text())
 
 
 def stage_record(stage: Stage, fitted: Fitted) -> dict[str, Any]:
