@@ -144,7 +144,7 @@ def test_a_failed_gate_stops_where_it_is_told_to(tmp_path: Path) -> None:
             train(hard, **options)
     assert not (tmp_path / "run" / "align").exists()
     gates = {gate["name"]: gate["passed"] for gate in record(tmp_path, "inspect")["gates"]}
-    assert gates == {"licences": True, "context": False, "identity": True}
+    assert gates == {"licences": True, "tokenizers": True, "context": False, "identity": True}
     assert findings(tmp_path, "inspect")["cost"]["flops_per_token"] > 0
 
 

@@ -6,7 +6,7 @@ hybrid was, so that nothing is won by training alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from mixwright.methods.manticore.controls import (
 from mixwright.methods.manticore.cost import counting_length
 from mixwright.methods.manticore.gates import at_most
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.vocabularies import of_one_vocabulary
 from mixwright.recipe import Source
 from mixwright.training.gates import Findings, Gate
 from mixwright.training.job import Job
@@ -124,7 +125,7 @@ def open_exam(job: Job) -> Exam:
 def evaluate(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
     """Every system on every part, the verdicts, and what to hand over."""
     exam = open_exam(job)
-    pretrained = list(_modules(job))
+    pretrained, tables = _rivals(model, job, config)
     runs = len(budgets(config, 1.0, 1.0)) * len(pretrained) + 2 + bool(config.discretise_steps)
     tokens = counting_length(model, job.recipe.data.max_length)
     with reporting("evaluate", runs, 0, quiet=quiet) as report:
@@ -134,7 +135,27 @@ def evaluate(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool)
             _add_soft(exam, job, tokens)
             report.step(len(exam.systems), None)
         weights = _add_others(exam, model, job, config, pretrained, _spent(exam, config), tokens, report)
-    return _findings(exam, model, config, weights)
+    found = _findings(exam, model, config, weights)
+    said = tuple(f"{name} is compared {how}." for name, how in tables.items())
+    return replace(found, record={**found.record, "tables": tables}, sentences=(*said, *found.sentences))
+
+
+def _rivals(model: HybridModel, job: Job, config: ManticoreConfig) -> tuple[Sequence[nn.Module], dict[str, str]]:
+    """The components to compare with, all of the vocabulary that the texts are read in, and of each that came with
+    another one where its new embedding and head are from."""
+    pretrained = _modules(job)
+    if not config.shared_vocabulary:
+        return pretrained, {}
+    rivals: Sequence[nn.Module] = of_one_vocabulary(config, pretrained, model.experts, None)
+    others = [m for m, (one, own) in enumerate(zip(rivals, pretrained, strict=True)) if one is not own]
+    how = "with the shared vocabulary, its new embedding and head as they were made of its own"
+    if others and has_left(job, "align"):
+        assert job.load is not None
+        aligned = job.load(str(folder_of(job, "align")))
+        assert isinstance(aligned, HybridModel)
+        rivals = [aligned.components[m] if m in others else own for m, own in enumerate(pretrained)]
+        how = "with the shared vocabulary, its new embedding and head as stage align left them"
+    return rivals, {model.experts[m]: how for m in others}
 
 
 def _modules(job: Job) -> Sequence[nn.Module]:
