@@ -37,6 +37,7 @@ def schema(
     definitions = {**recipe.pop("$defs", {}), **config.pop("$defs", {})}
     recipe["properties"]["config"] = config
     recipe["properties"]["method"]["default"] = name
+    _ask_for_models(recipe, several=method.backbones == "several")
     heading = "every key, with its default. Lines that keep the default can go."
     if preset is not None:
         _begin_with(recipe, definitions, _preset(method, preset))
@@ -46,6 +47,14 @@ def schema(
         return
     print(f"# A recipe for {name}: {heading}")
     print("\n".join(_lines(recipe, definitions, indent="")))
+
+
+def _ask_for_models(recipe: dict[str, Any], *, several: bool) -> None:
+    """One backbone, or a list of them, is required: what the method composes."""
+    keys = recipe["properties"]
+    wanted, other = ("backbones", "backbone") if several else ("backbone", "backbones")
+    del keys[other], keys[wanted]["default"]
+    recipe.setdefault("required", []).append(wanted)
 
 
 def _preset(method: "Method", preset: str) -> Mapping[str, Any]:
@@ -101,6 +110,6 @@ def _default(key: str, entry: dict[str, Any], node: dict[str, Any]) -> str:
     from mixwright.yaml12 import write_yaml
 
     if key in node.get("required", ()):
-        return "???"
+        return "[???, ???]" if entry.get("type") == "array" else "???"
     text = write_yaml({"value": entry.get("default")})
     return text.removeprefix("value: ").strip()
