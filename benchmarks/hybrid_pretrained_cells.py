@@ -31,7 +31,7 @@ from benchmarks.hybrid_pretrained_training import Spent, document_losses, forwar
 TUNING_SEED, SWEPT = 1000, "shakespeare"
 EPOCH = "shakespeare, an epoch"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-KINDS = ("none", "linear", "identity", "least_squares", "mlp")
+KINDS = ("none", "linear", "identity", "mlp")
 POINTS = tuple(round(0.1 * i, 1) for i in range(11))
 MAIN = (Shape(), Shape(blocks=2))
 Cell = Callable[[], dict[str, Any]]

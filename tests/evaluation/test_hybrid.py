@@ -388,7 +388,7 @@ def test_weights_that_depend_on_the_input_are_forced_swept_and_bent(texts):
         for mixture in list(routed.mixtures.values())[1:]:
             mixture.router.slope.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.3)
     found = explain_hybrid(routed, texts)
-    assert found.rows[0].spread is None and all(row.spread is not None for row in found.rows[1:])
+    assert found.rows[0].spread == (0.0, 0.0) and all(row.spread and min(row.spread) > 0 for row in found.rows[1:])
     assert found.systems[0].loss == pytest.approx(by_hand(routed, texts), abs=1e-5)
     static = with_row(hybrid_model(rows=ROWS), "blocks.0", [0.0, 1.0])
     with torch.no_grad():

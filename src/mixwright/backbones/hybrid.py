@@ -8,7 +8,7 @@ soft-caps stay its own.
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,8 @@ class HybridBackbone(nn.Module, GenerationMixin):
             owners = [(model.get_submodule(owner), name) for owner, _, name in ends]
             held = self._held[component] = (model, model.get_submodule(parts.layers), owners)
         first = [run[0] for run in self.runs[component] if run] or [0]
-        return *(held[1][layer] for layer in first), *(getattr(owner, name) for owner, name in held[2])
+        layers = cast(nn.ModuleList, held[1])
+        return *(layers[layer] for layer in first), *(getattr(owner, name) for owner, name in held[2])
 
     def place(self, component: int, number: int) -> int:
         """Which of its stops is where a component enters slot `number`.

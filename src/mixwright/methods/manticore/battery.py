@@ -109,7 +109,8 @@ def generate(bench: Bench) -> str | None:
         for use_cache in (False, cached):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                found.append(model.generate(prompt, use_cache=use_cache, **{"do_sample": False, **common, **options}))
+                asked: dict[str, Any] = {"do_sample": False, **common, **options, "use_cache": use_cache}
+                found.append(model.generate(prompt, **asked))
         if found[0].shape != found[1].shape or not torch.equal(found[0], found[1]):
             return f"{way}: other tokens with a cache than without"
         if way == "greedy" and not torch.equal(found[0], _greedy(model, prompt, 4)):
