@@ -110,6 +110,6 @@ def _default(key: str, entry: dict[str, Any], node: dict[str, Any]) -> str:
     from mixwright.yaml12 import write_yaml
 
     if key in node.get("required", ()):
-        return "[???, ???]" if entry.get("type") == "array" else "???"
+        return '["???", "???"]' if entry.get("type") == "array" else "???"
     text = write_yaml({"value": entry.get("default")})
     return text.removeprefix("value: ").strip()
