@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.backbones.parts import Parts, quiet
+from mixwright.backbones.eval_mode import eval_mode
+from mixwright.backbones.parts import Parts
 
 
 class Absent(nn.Module):
@@ -98,7 +99,7 @@ def outside_of(model: nn.Module, parts: Parts) -> Outside:
             watch(path, module)
     device = next(model.parameters()).device
     try:
-        with quiet(model):
+        with eval_mode(model):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     finally:
         for hook in hooks:

@@ -7,8 +7,8 @@ which that does not hold is refused, with what was seen.
 
 import inspect
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.errors import IncompatibleExpert
 
 _CACHES = ("past_key_values", "cache_params")
@@ -164,7 +165,7 @@ def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: froze
 
         return record
 
-    with ExitStack() as hooks, quiet(model):
+    with ExitStack() as hooks, eval_mode(model):
         for place, module in enumerate((*layers, head)):
             hooks.callback(module.register_forward_pre_hook(recorder(place), with_kwargs=True).remove)
         try:
@@ -181,19 +182,6 @@ def _look(model: nn.Module, layers: nn.ModuleList, head: nn.Module, takes: froze
         raise refused(name, f"its {len(layers)} layers and head are not entered once each and in order, but: {ran}.")
     seen.logits = int(output.logits.shape[-1])
     return seen
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Generator[None]:
-    """Without dropout and gradients; each module then goes back to the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _short(error: BaseException) -> str:

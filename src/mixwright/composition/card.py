@@ -44,9 +44,7 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         "",
         *(f"- `{plain(key)}`: {plain(value)}" for key, value in stored.config.items() if key != "tasks"),
     ]
-    if composition.citation:
-        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
-    return "\n".join(lines) + "\n"
+    return cited(lines, composition)
 
 
 def _tasks(stored: "StoredComposition") -> list[str]:
@@ -118,9 +116,14 @@ def adapter_card(title: str, backbone: Mapping[str, Any], composition: "Composit
         'model = PeftModel.from_pretrained(backbone, "this-folder-or-repository")',
         "```",
     ]
-    if composition.citation:
-        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
-    return "\n".join(lines) + "\n"
+    return cited(lines, composition)
+
+
+def cited(lines: Sequence[str], composition: "Composition") -> str:
+    """The text of a card of these lines, and whom to cite."""
+    source = composition.citation.strip()
+    ending = ["", "## Citation", "", "```bibtex", source, "```"] if composition.citation else []
+    return "\n".join([*lines, *ending]) + "\n"
 
 
 def _on_hub(path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixwright.catalog.licence_terms import WORDS
 from mixwright.catalog.licences import NOT_LEGAL_ADVICE
-from mixwright.composition.card import plain
+from mixwright.composition.card import cited, plain
 from mixwright.composition.ledger import LEDGER, NOTICE, Entry, Ledger
 from mixwright.yaml12 import write_yaml
 
@@ -52,9 +52,7 @@ def components_card(stored: "StoredComposition", composition: "Composition", led
         "",
         *(f"- `{plain(key)}`: {plain(value)}" for key, value in stored.config.items() if value is not None),
     ]
-    if composition.citation:
-        lines += ["", "## Citation", "", "```bibtex", composition.citation.strip(), "```"]
-    return "\n".join(lines) + "\n"
+    return cited(lines, composition)
 
 
 def on_hub(path: str) -> bool:

@@ -8,8 +8,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.catalog.adapter import LoraFactors
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.experts.factored import AbstractFactored

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel

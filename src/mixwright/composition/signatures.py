@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.channel import Channel
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.composition.passes import begin_pass, named_arguments
 from mixwright.composition.probe import Probe, probe

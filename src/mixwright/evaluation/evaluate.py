@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.scores import AbstractTask
 from mixwright.evaluation.systems import System

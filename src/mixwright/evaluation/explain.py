@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.catalog.card import RESERVED
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.contribution import Tally, measured
 from mixwright.evaluation.hybrid_rows import mixes_models

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.hybrid_documents import Documents
 from mixwright.evaluation.hybrid_rows import Row

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.ensemble import LogitEnsemble
 from mixwright.evaluation.hybrid_documents import Documents, change, losses, per_token

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
 from mixwright.routers.base import AbstractRouter

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.evaluation.hybrid_counterfactuals import Meter

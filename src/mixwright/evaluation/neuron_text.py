@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.mixture import Mixture
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.explain import described, token_losses

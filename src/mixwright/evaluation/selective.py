@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.evaluation.neuron_sites import neuron_sites
 from mixwright.routers.retriever import Retrieval
 

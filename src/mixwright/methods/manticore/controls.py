@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.evaluation.hybrid_documents import Documents, losses
 from mixwright.evaluation.operations import counted
 from mixwright.evaluation.verdict import EQUAL_FLOPS, EQUAL_TOKENS

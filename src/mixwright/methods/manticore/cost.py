@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.evaluation.decode_state import LayerState, decode_state
 from mixwright.evaluation.operations import counted
 from mixwright.methods.manticore.model import EMBEDDING, HEAD, HybridModel, slots_of

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.data.tasks import read_task
 from mixwright.evaluation.hybrid_documents import Documents, documents_of, losses, per_token
 from mixwright.evaluation.verdict import EQUAL_TOKENS, Verdict, best_of, verdict

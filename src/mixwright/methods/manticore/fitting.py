@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.listening import Hear, listening
 from mixwright.data.collate import Batch
 from mixwright.experts.blocks import BlockExperts

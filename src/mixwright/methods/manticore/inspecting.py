@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.backbones.tokenizers import differences
 from mixwright.backbones.vocabulary import vocabulary_of
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.errors import CatalogError
 from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.cost import TOKENS, cost

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.data.batches import Batches
 from mixwright.evaluation.ensemble import LogitEnsemble
 from mixwright.methods.manticore.model import HybridModel

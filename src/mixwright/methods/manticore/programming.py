@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.backbones.family import family_of
 from mixwright.backbones.hf import build_backbone, default_settings, read_settings
 from mixwright.backbones.shrink import shrunk
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.data.collate import IGNORED
 from mixwright.data.mad import SMALL, mad_batches
 from mixwright.data.mad_tasks import MadTask

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from mixwright.backbones.absent import leave_out, unused
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.backbones.parts import parts_of
 from mixwright.backbones.prune import pruned
-from mixwright.composition.eval_mode import eval_mode
 from mixwright.config import decode
 from mixwright.errors import IncompatibleExpert
 from mixwright.methods.manticore.config import ManticoreConfig

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
 from mixwright.methods.peer.feed_forward import Place

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.errors import IncompatibleExpert
 from mixwright.sites import Site, linear_site

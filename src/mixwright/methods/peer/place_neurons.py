@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.methods.peer.feed_forward import Place
 from mixwright.methods.peer.neurons import Neurons, Stage, read_neurons

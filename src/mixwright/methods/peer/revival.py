@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.evaluation.neuron_sites import NeuronSite, neuron_sites, neurons_of, plain_router, real_tokens
 from mixwright.evaluation.neuron_usage import SiteUsage
 from mixwright.experts.table import NeuronTable

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.evaluation.neuron_sites import neuron_sites, plain_router, real_tokens
 from mixwright.evaluation.neurons import ActingNeuron, NeuronTrace, trace_neurons
 from mixwright.methods.peer.growth import Origin, origins

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixwright.composition.eval_mode import eval_mode
+from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Batch
