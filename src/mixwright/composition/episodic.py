@@ -55,9 +55,7 @@ class EpisodicModel(ComposedModel):
         with self.under(condition):
             return functional_call(self.backbone, weights, args, kwargs)
 
-    def features(
-        self, inputs: Any, weights: Mapping[str, Tensor] | None = None
-    ) -> Float[Tensor, "items width"]:
+    def features(self, inputs: Any, weights: Mapping[str, Tensor] | None = None) -> Float[Tensor, "items width"]:
         """Features of a batch of inputs, under the weights as they stand or with some of them replaced."""
         extractor = FeatureExtractor(self.backbone, self.feature_kind)
         if weights is None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.inputs import example_inputs
 from mixwright.ops.mean_pool import mean_pool
 
-Kind = Literal["auto", "cls", "pooled", "mean"]
+Kind = Literal["auto", "cls", "pooled", "mean", "custom"]
 Features = Kind | Callable[[nn.Module, Any], Tensor]
 
 
@@ -20,8 +19,8 @@ class FeatureExtractor(nn.Module):
 
     `kind`: `cls`, the first token; `pooled`, what the model itself calls its pooled output; `mean`, the mean over real
     tokens or over space; `auto`, by what the model gives: `mean` for text with an attention mask, `pooled` where there
-    is no pooler to be trained, and else the first token. Or a function of the model and the inputs. A timm model gives
-    what goes into its head.
+    is no pooler to be trained, and else the first token. Or a function of the model and the inputs, of which a saved
+    model knows no more than that there was one (`custom`). A timm model gives what goes into its head.
     """
 
     def __init__(self, backbone: nn.Module, kind: Features = "auto") -> None:
@@ -33,6 +32,11 @@ class FeatureExtractor(nn.Module):
         """Features of a batch: a tensor, or a mapping of keyword arguments."""
         if callable(self.kind):
             return self.kind(self.backbone, inputs)
+        if self.kind == "custom":
+            raise ValueError(
+                "features='custom': this model was composed with a function for its features, which no file can hold; "
+                "set model.feature_kind to that function."
+            )
         if hasattr(self.backbone, "forward_features") and hasattr(self.backbone, "forward_head"):  # timm
             model: Any = self.backbone
             return model.forward_head(model.forward_features(inputs), pre_logits=True)
@@ -72,8 +76,8 @@ def _vectors(output: Any, kind: str, mask: Tensor | None, learns_pooler: bool) -
         return tokens.mean((-2, -1))
     if tokens.dim() != 3:
         raise ValueError(
-            f"features={kind!r}: the model gives {tuple(tokens.shape)}; expected (items, tokens, width), (items, width, "
-            "height, breadth) or (items, width). Give a function of the model and the inputs."
+            f"features={kind!r}: the model gives {tuple(tokens.shape)}; expected (items, tokens, width), (items, "
+            "width, height, breadth) or (items, width). Give a function of the model and the inputs."
         )
     if kind == "cls":
         return tokens[:, 0]

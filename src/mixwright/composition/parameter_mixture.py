@@ -21,7 +21,9 @@ class ParameterMixture(nn.Module):
     def __init__(self, base: nn.Module, router: AbstractRouter, deltas: AbstractDeltas) -> None:
         super().__init__()
         if router.num_experts != deltas.num_experts:
-            raise ValueError(f"the router chooses among {router.num_experts} experts, but there are {deltas.num_experts}.")
+            raise ValueError(
+                f"the router chooses among {router.num_experts} experts, but there are {deltas.num_experts}."
+            )
         self.base = base
         self.router = router
         self.experts = deltas

@@ -57,7 +57,7 @@ class SparseDeltas(AbstractDeltas):
             for name in self.names
         }
 
-    def masks(self, name: str) -> Float[Tensor, "experts *unit"]:
+    def masks(self, name: str) -> Float[Tensor, " experts *unit"]:
         """z_m of one parameter."""
         return mask(self.logits[_key(name)])
 

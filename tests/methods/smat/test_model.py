@@ -93,7 +93,7 @@ def test_a_callable_gives_the_features() -> None:
     assert model.features(_queries()).shape == (4, 32)
 
 
-def test_saving_and_loading_gives_the_same_weights(tmp_path) -> None:  # noqa: ANN001
+def test_saving_and_loading_gives_the_same_weights(tmp_path) -> None:
     model, support = _trained(_model()).eval(), _support()
     model.save_pretrained(tmp_path / "pool")
     again = mw.load(tmp_path / "pool", backbone=tiny_backbone("vit"))

@@ -1,7 +1,7 @@
 """The loss of an episode (sheet a5): cross-entropy on its queries, two distillation terms, sparsity, gates."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -93,8 +93,15 @@ class EpisodeLoss:
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """T^2 KL(teacher || student) at temperature T, the mean over queries."""
         t = self.config.distillation_temperature
-        return t * t * kl_div(
-            log_softmax(logits / t, -1), log_softmax(teacher.detach() / t, -1), reduction="batchmean", log_target=True
+        return (
+            t
+            * t
+            * kl_div(
+                log_softmax(logits / t, -1),
+                log_softmax(teacher.detach() / t, -1),
+                reduction="batchmean",
+                log_target=True,
+            )
         )
 
     def _sparsity(self, model: FewShotModel, weights: Float[Tensor, " experts"]) -> Tensor:

@@ -44,9 +44,7 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     return assemble(config, backbone, router, deltas)
 
 
-def assemble(
-    config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: SparseDeltas
-) -> "FewShotModel":
+def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: SparseDeltas) -> "FewShotModel":
     """The model of these parts."""
     kind = "custom" if callable(config.features) else config.features
     described = Composition(
@@ -65,7 +63,9 @@ def maskable(backbone: nn.Module, include: Sequence[str], exclude: Sequence[str]
     named = dict(backbone.named_parameters())
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in named):
-            raise ValueError(f"{pattern!r} selects none of the {len(named)} parameters ({', '.join(list(named)[:3])}, ...).")
+            raise ValueError(
+                f"{pattern!r} selects none of the {len(named)} parameters ({', '.join(list(named)[:3])}, ...)."
+            )
     chosen = {
         name: parameter.shape
         for name, parameter in named.items()

@@ -11,9 +11,7 @@ from mixwright.methods.smat.model import FewShotModel, assemble, maskable
 from mixwright.routers.support_set import SupportSetRouter
 
 
-def restore(
-    config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor], ids: Sequence[str]
-) -> FewShotModel:
+def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor], ids: Sequence[str]) -> FewShotModel:
     """The model whose `added_state()` was `state`. Raises CatalogError (SHAPE, TENSOR) for tensors that do not fit."""
     router_state, deltas_state = (
         {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
