@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,10 +35,16 @@ class Domain:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def with_reader(self, reader: Reader | None) -> "Domain":
+        """The same domain, its items read in another way."""
+        return replace(self, reader=reader)
+
     def read(self, rows: Sequence[int], generator: Generator | None = None) -> Inputs:
         """Items as a model reads them; with a generator they are augmented, where the domain can."""
         if self.reader is not None:
             return self.reader([self.items[row] for row in rows], generator)
+        if not isinstance(self.items, Tensor | Mapping):
+            raise ValueError(f"domain {self.name}: its items are no tensors, and nothing reads them; see with_reader.")
         return take(self.items, rows)
 
     @cached_property
