@@ -1,5 +1,8 @@
 """The pool around a backbone: what it computes, and that it can be taken back."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from mixwright.ops.digest import tensor_digest
 from mixwright.routing import Condition, SupportSet
 
 
-def _model(family: str = "vit", **config: object) -> FewShotModel:
+def _model(family: str = "vit", **config: Any) -> FewShotModel:
     model = mw.compose("smat", backbone=tiny_backbone(family), experts=3, **config)
     assert isinstance(model, FewShotModel)
     return model
@@ -93,7 +96,7 @@ def test_a_callable_gives_the_features() -> None:
     assert model.features(_queries()).shape == (4, 32)
 
 
-def test_saving_and_loading_gives_the_same_weights(tmp_path) -> None:
+def test_saving_and_loading_gives_the_same_weights(tmp_path: Path) -> None:
     model, support = _trained(_model()).eval(), _support()
     model.save_pretrained(tmp_path / "pool")
     again = mw.load(tmp_path / "pool", backbone=tiny_backbone("vit"))

@@ -1,5 +1,6 @@
 """Meta-tuning on tiny images, through the one loop."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def _domain(name: str = "waves", classes: int = 8, items: int = 8) -> Domain:
 
 def _batches(count: int = 1000) -> Batches:
     source = FixedEpisodes(domains=(_domain(),), ways=4, shots=2, queries=3, seed=0)
-    collate: Any = lambda rows: source.episode(rows[0])  # noqa: E731
+
+    def collate(rows: Sequence[Any]) -> Any:
+        return source.episode(rows[0])
+
     return Batches(range(count), collate, batch_size=1, seed=0, order=Order(count, 0), digest="waves")
 
 

@@ -74,18 +74,20 @@ class EpisodeLoss:
         features = model.features(episode.support, leaves)
         prototypes = class_means(features, episode.labels, episode.ways)
         loss = cross_entropy(cosine_scores(features, prototypes, self.config.scale), episode.labels)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return {
-            name: tensor if gradient is None else tensor - self.config.inner_rate * gradient
+            name: tensor - self.config.inner_rate * gradient
             for (name, tensor), gradient in zip(theta.items(), gradients, strict=True)
         }
 
     def _teacher(self, model: FewShotModel, theta: Mapping[str, Tensor], loss: Tensor, episode: Episode) -> Tensor:
         """Logits of the dense teacher: theta after one step on the queries' cross-entropy."""
-        gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            loss, list(theta.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         with torch.no_grad():
             stepped = {
-                name: tensor if gradient is None else tensor - self.config.teacher_rate * gradient
+                name: tensor - self.config.teacher_rate * gradient
                 for (name, tensor), gradient in zip(theta.items(), gradients, strict=True)
             }
             return self.predict(model, stepped, episode).logits
