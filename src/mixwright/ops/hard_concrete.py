@@ -32,9 +32,12 @@ def mask(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
 
 def mask_slope(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
     """dz/dL: 0 at and beyond both ends."""
-    wide = _wide(logits)
-    s = torch.sigmoid(wide / BETA)
-    return (s * (1.0 - s) * ((ZETA - GAMMA) / BETA)).masked_fill(wide.abs() >= -DEAD, 0.0)
+    return slope_at(mask(logits))
+
+
+def slope_at(z: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
+    """dz/dL where the mask is `z`: (z - gamma) (zeta - z) / (beta (zeta - gamma)) between the ends."""
+    return ((z - GAMMA) * (ZETA - z) / (BETA * (ZETA - GAMMA))).masked_fill((z == 0) | (z == 1), 0.0)
 
 
 def expected_l0(logits: Float[Tensor, " experts *units"]) -> Float[Tensor, " experts"]:
