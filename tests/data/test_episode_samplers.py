@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mixwright.data.domains import tensor_domain
-from mixwright.data.episode_samplers import FixedEpisodes
+from mixwright.data.episode_samplers import FixedEpisodes, VariableEpisodes
 from mixwright.data.episodes import check_episode
 
 
@@ -101,3 +101,97 @@ def test_the_digest_names_items_labels_and_names():
     assert base == domain().digest
     others = [domain("other"), domain(first=1.0), domain(sizes=(5, 7, 6, 6)), domain(groups=("a", "a", "b", "b"))]
     assert len({base, *(other.digest for other in others)}) == 5
+
+
+def variable(*domains, **settings):
+    return VariableEpisodes(domains=domains or (domain(sizes=(30,) * 12),), **settings)
+
+
+def test_ways_and_shots_vary_within_what_was_asked_for():
+    source = variable(domain(sizes=(30, 200, 4, 12, 9, 2, 60, 30)), ways=(3, 6), queries=4, support=50, per_class=20)
+    ways, shots, sizes = set(), set(), []
+    for index in range(200):
+        episode = source.episode(index)
+        check_episode(episode)
+        support, query = torch.bincount(episode.labels), torch.bincount(episode.query_labels)
+        assert len(query) == len(support) and query.unique().numel() == 1 and 1 <= int(query[0]) <= 4
+        values = [*episode.support.flatten().tolist(), *episode.query.flatten().tolist()]
+        assert len(set(values)) == len(values)
+        ways.add(len(support))
+        shots.update(support.tolist())
+        sizes.append(len(episode.labels))
+    assert ways == {3, 4, 5, 6}
+    assert min(shots) == 1 and max(shots) > 20 and len(shots) > 15  # a large class may have more than per_class
+    assert max(sizes) <= 50 and min(sizes) < 10
+
+
+def test_queries_are_at_most_half_of_the_smallest_class():
+    source = variable(domain(sizes=(6, 7, 100)), ways=(3, 3), queries=10)
+    assert {len(source.episode(index).query_labels) for index in range(10)} == {9}
+
+
+def test_larger_classes_have_more_shots_and_balance_can_be_asked_for():
+    sizes = (20, 80)
+    even = [
+        torch.bincount(variable(domain(sizes=sizes), ways=(2, 2), imbalance=1.0).episode(i).labels) for i in range(60)
+    ]
+    names = [variable(domain(sizes=sizes), ways=(2, 2), imbalance=1.0).episode(i).meta["classes"] for i in range(60)]
+    large = sum(int(shots[classes.index("1")]) for shots, classes in zip(even, names))
+    assert large / sum(int(shots.sum()) for shots in even) > 0.7
+    same = [
+        torch.bincount(variable(domain(sizes=(40, 40)), ways=(2, 2), imbalance=1.0).episode(i).labels)
+        for i in range(20)
+    ]
+    assert all(int(shots[0]) == int(shots[1]) for shots in same)
+    tilted = [torch.bincount(variable(domain(sizes=(40, 40)), ways=(2, 2)).episode(i).labels) for i in range(20)]
+    assert any(int(shots[0]) != int(shots[1]) for shots in tilted)
+
+
+def test_classes_of_an_episode_are_of_one_group():
+    groups = ("bird/owl", "bird/owl", "bird/gull", "bird/gull", "fish", "fish")
+    family = domain(sizes=(5,) * 6, groups=groups)
+    seen = [set(variable(family, ways=(2, 4)).episode(index).meta["classes"]) for index in range(120)]
+    birds, owls, gulls, fish = {"0", "1", "2", "3"}, {"0", "1"}, {"2", "3"}, {"4", "5"}
+    assert all(classes <= birds or classes <= fish for classes in seen)
+    assert owls in seen and gulls in seen and fish in seen and birds in seen
+    mixed = [set(variable(family, ways=(2, 4), hierarchy=False).episode(i).meta["classes"]) for i in range(40)]
+    assert any(not (classes <= birds or classes <= fish) for classes in mixed)
+
+
+def test_a_domain_without_a_large_enough_group_draws_from_all_its_classes():
+    lone = domain(sizes=(5,) * 6, groups=("a", "b", "c", "d", "e", "f"))
+    assert {variable(lone, ways=(4, 6)).episode(index).ways for index in range(30)} == {4, 5, 6}
+
+
+def test_a_domain_of_few_classes_gives_all_of_them():
+    assert variable(domain(sizes=(5, 5, 1))).episode(0).ways == 2
+
+
+def test_a_variable_episode_is_a_function_of_seed_and_number():
+    one, same, other = (variable(seed=seed).episode(5) for seed in (0, 0, 1))
+    assert torch.equal(one.support, same.support) and one.meta == same.meta
+    assert one.meta["rows"] != other.meta["rows"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ways": (1, 5)}, "ways 1 to 5"),
+        ({"ways": (6, 5)}, "ways 6 to 5"),
+        ({"support": 20}, "support of at least 50 items"),
+        ({"queries": 0}, "queries 0"),
+        ({"imbalance": 0.5}, "imbalance 0.5"),
+        ({"domains": (domain(sizes=(9,)),)}, "1 of its 1 classes have 2 distinct items or more"),
+        ({"domains": (domain(sizes=(9, 1, 1)),)}, "1 of its 3 classes"),
+        ({"domains": ()}, "no domain"),
+    ],
+)
+def test_variable_episodes_that_cannot_be_drawn_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        VariableEpisodes(**{"domains": (domain(sizes=(9,) * 60),), **settings})
+
+
+def test_classes_that_all_copy_each_other_are_refused_when_they_meet():
+    items = torch.arange(6.0).repeat(3)[:, None]
+    with pytest.raises(ValueError, match="all but one of its classes hold copies"):
+        variable(tensor_domain("same", items, [row // 6 for row in range(18)])).episode(0)
