@@ -17,6 +17,9 @@ from mixwright.backbones.hf import provenance
 from mixwright.composition.episodic import EpisodicModel
 from mixwright.composition.features import width_of
 from mixwright.composition.model import Composition
+from mixwright.composition.route import Route
+from mixwright.composition.routes import find_route
+from mixwright.composition.support import Given
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
@@ -77,3 +80,11 @@ class FewShotModel(EpisodicModel):
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""
         return self.deltas.sparsity()
+
+    def route(self, support: Given, *, resamples: int = 32, seed: int = 0) -> Route:
+        """Which experts a support set chooses, how sure and how new it is; see `composition.routes.find_route`."""
+        return find_route(self, support, resamples=resamples, seed=seed)
+
+    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
+        """Keep an expert through further training as it is: its mask, and the change wherever it acts."""
+        self.deltas.freeze(self.index(expert), frozen)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from mixwright.composition.restoring import of_whole
 from mixwright.errors import CatalogError
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
@@ -28,4 +29,6 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
-    return assemble(config, backbone, router.to(device), deltas.to(device))
+    model = assemble(config, backbone, router.to(device), deltas.to(device))
+    model.whole.update(of_whole(state)[1])
+    return model
