@@ -11,7 +11,7 @@ import mixwright as mw
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.ops.digest import tensor_digest
-from mixwright.routing import Condition, SupportSet
+from mixwright.routing import Condition, Routing, SupportSet
 
 
 def _model(family: str = "vit", **config: Any) -> FewShotModel:
@@ -103,3 +103,45 @@ def test_saving_and_loading_gives_the_same_weights(tmp_path: Path) -> None:
     assert isinstance(again, FewShotModel)
     found, expected = (m.weights_for(m.routing(support)) for m in (again, model))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_backbone_keeps_its_statistics_and_modes() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    backbone.train()
+    model = mw.compose("smat", backbone=backbone, experts=2, features="mean", feature_width=8)
+    before = tensor_digest(backbone)
+    model.train()
+    x = torch.randn(4, 3, 16, 16)
+    model(x, condition=Condition(support=_support())).sum().backward()
+    assert torch.equal(model(x), model(x)) and tensor_digest(backbone) == before
+    assert model.router.training and not backbone[1].training
+    assert model.remove().training and all(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_checkpointed_layers_run_again_under_the_weights_of_their_own_pass(family: str) -> None:
+    ids = torch.randint(4, 200, (6, 7), generator=torch.Generator().manual_seed(0))
+    items = _support().inputs if family == "vit" else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = []
+    for checkpointed in (False, True):
+        model = _trained(_model(family)).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        runs = _runs(model)
+        weights = model.weights_for(Routing(torch.full((3,), 1 / 3), 3))
+        loss = model.features(items, weights).square().sum()
+        loss.backward()
+        found.append((len(runs), [p.grad.clone() for p in model.deltas.parameters() if p.grad is not None]))
+    (plain, expected), (again, gradients) = found
+    assert again > plain  # the layers did run twice
+    assert len(expected) == len(gradients) > 10
+    assert all(torch.equal(one, other) for one, other in zip(expected, gradients))
+
+
+def _runs(model: FewShotModel) -> list[int]:
+    """One entry for each run of the first linear map of the first layer."""
+    runs: list[int] = []
+    first = next(m for name, m in model.backbone.named_modules() if "layer" in name and isinstance(m, nn.Linear))
+    first.register_forward_hook(lambda *_: runs.append(1))
+    return runs
