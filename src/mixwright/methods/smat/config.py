@@ -34,8 +34,8 @@ class SmatConfig:
     seed: Annotated[int, Ge(0)] = 0
     """Of masks, keys and tokens."""
     storage: Literal["exact", "compact"] = "exact"
-    """How a pool is saved. exact: the same weights to the bit. compact, about half: the change in float16, masks between
-    0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
+    """How a pool is saved. exact: the same weights to the bit. compact, about half: the change in float16, masks
+    between 0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
 
     scale: Annotated[float, Gt(0)] = 10.0
     """What cosines to prototypes are multiplied with."""

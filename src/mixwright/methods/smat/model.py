@@ -54,7 +54,8 @@ def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, 
     )
     names = tuple(f"expert-{i}" for i in range(deltas.num_experts))
     model = FewShotModel(backbone, router, deltas, names, features=config.features, composition=described)
-    return model.train(backbone.training)
+    model.train(backbone.training)
+    return model
 
 
 class FewShotModel(EpisodicModel):

@@ -127,7 +127,7 @@ def _checked(deltas: SparseDeltas, packed: Mapping[str, Tensor], storage: Storag
         raise CatalogError(
             "CONFIG",
             "packed.layout",
-            "its bits are about other tensors than this config gives: include, exclude, granularity or experts changed.",
+            "its bits are about other tensors than this config's: include, exclude, granularity or experts changed.",
         )
     widths = torch.tensor([_width(deltas, name) for name in deltas.names])
     units = [_logits(deltas, name)[0].numel() for name in deltas.names]
@@ -147,7 +147,9 @@ def _checked(deltas: SparseDeltas, packed: Mapping[str, Tensor], storage: Storag
     if storage == "compact":
         logits = _from_levels(logits)
     if not bool(((logits > DEAD) & (logits < -DEAD)).all()):
-        raise CatalogError("VALUE", "packed.logits", f"there are some that are no logits between {DEAD:.4f} and its like.")
+        raise CatalogError(
+            "VALUE", "packed.logits", f"there are some that are no logits between {DEAD:.4f} and its like."
+        )
     return union, live, fractional, logits
 
 
@@ -201,7 +203,9 @@ def _plain(deltas: SparseDeltas, name: str) -> tuple[Tensor, Tensor]:
     """Logits (experts, units) and change (units, width), on the CPU in float32."""
     logits, delta = _logits(deltas, name), _delta(deltas, name)
     units = logits[0].numel()
-    return logits.detach().cpu().float().reshape(len(logits), units), delta.detach().cpu().float().reshape(units, _width(deltas, name))
+    return logits.detach().cpu().float().reshape(len(logits), units), delta.detach().cpu().float().reshape(
+        units, _width(deltas, name)
+    )
 
 
 def _put(deltas: SparseDeltas, name: str, logits: Tensor, change: Tensor) -> None:

@@ -46,7 +46,9 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     _refuse_huge(sum(shape.numel() for shape in shapes.values()), config)
     router = SupportSetRouter(keys.shape[1], config.experts)
     deltas = SparseDeltas(shapes, config.experts, config.granularity)
-    unpack(deltas, {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}, config.storage)
+    unpack(
+        deltas, {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}, config.storage
+    )
     rest = {name: tensor for name, tensor in experts_state.items() if not name.startswith(_PACKED)}
     dense = {name: tensor for name, tensor in deltas.state_dict().items() if name.startswith(_DENSE)}
     try:
