@@ -33,6 +33,9 @@ class SmatConfig:
     """What a mask decides about: each weight (the paper), each row of a tensor, or each tensor."""
     seed: Annotated[int, Ge(0)] = 0
     """Of masks, keys and tokens."""
+    storage: Literal["exact", "compact"] = "exact"
+    """How a pool is saved. exact: the same weights to the bit. compact, about half: the change in float16, masks
+    between 0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
 
     episodes: EpisodeConfig = EpisodeConfig()
     """Which episodes are drawn (sheet a8)."""
