@@ -84,6 +84,10 @@ class EpisodicModel(ComposedModel):
             parts = [self.features(take(inputs, slice(at, at + size)), weights) for at in range(0, items, size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def pristine(self) -> dict[str, Tensor]:
+        """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
+        return self._rollback.pristine()
+
     def frozen_features(self, inputs: Inputs, *, batch_size: int | None = None) -> Float[Tensor, "items width"]:
         """Features under the pretrained weights, in evaluation, without gradients."""
         return self.settled_features(
