@@ -21,6 +21,7 @@ from mixwright.composition.features import width_of
 from mixwright.composition.model import Composition
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
+from mixwright.methods.smat.fixed_masks import fix_masks
 from mixwright.routers.support_set import SupportSetRouter
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
     router = SupportSetRouter(width, config.experts, config.seed).to(device)
-    deltas = SparseDeltas(shapes, config.experts, config.granularity, config.seed).to(device)
+    deltas = SparseDeltas(shapes, config.experts, config.mask_unit, config.seed).to(device)
+    fix_masks(deltas, config)
+    if config.router == "uniform":
+        nn.init.zeros_(router.keys)
     return assemble(config, backbone, router, deltas)
 
 

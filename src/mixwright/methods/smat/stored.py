@@ -21,7 +21,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     if keys is None or keys.dim() != 2 or len(ids) != config.experts:
         raise CatalogError("TENSOR", "added state", "it has no router for the experts that its config names.")
     router = SupportSetRouter(keys.shape[1], config.experts)
-    deltas = SparseDeltas(maskable(backbone, config.include, config.exclude), config.experts, config.granularity)
+    deltas = SparseDeltas(maskable(backbone, config.include, config.exclude), config.experts, config.mask_unit)
     try:
         router.load_state_dict(router_state)
         deltas.load_state_dict(deltas_state)
