@@ -35,9 +35,9 @@ def mask_slope(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
     return slope_at(mask(logits))
 
 
-def slope_at(z: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
+def slope_at(z: Float[Tensor, "*units"], at_ends: float = 0.0) -> Float[Tensor, "*units"]:
     """dz/dL where the mask is `z`: (z - gamma) (zeta - z) / (beta (zeta - gamma)) between the ends."""
-    return ((z - GAMMA) * (ZETA - z) / (BETA * (ZETA - GAMMA))).masked_fill((z == 0) | (z == 1), 0.0)
+    return ((z - GAMMA) * (ZETA - z) / (BETA * (ZETA - GAMMA))).masked_fill((z == 0) | (z == 1), at_ends)
 
 
 def expected_l0(logits: Float[Tensor, " experts *units"]) -> Float[Tensor, " experts"]:

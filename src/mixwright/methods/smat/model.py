@@ -8,10 +8,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from mixwright.backbones.hf import provenance
 from mixwright.composition.episodic import EpisodicModel
 from mixwright.composition.features import width_of
 from mixwright.composition.model import Composition
+from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
 from mixwright.methods.smat.fixed_masks import fix_masks
@@ -60,24 +59,6 @@ def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, 
     names = tuple(f"expert-{i}" for i in range(deltas.num_experts))
     model = FewShotModel(backbone, router, deltas, names, features=config.features, composition=described)
     return model.train(backbone.training)
-
-
-def maskable(backbone: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, torch.Size]:
-    """The shapes of the parameters that may change; of tied ones the first name."""
-    named = dict(backbone.named_parameters())
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise ValueError(
-                f"{pattern!r} selects none of the {len(named)} parameters ({', '.join(list(named)[:3])}, ...)."
-            )
-    chosen = {
-        name: parameter.shape
-        for name, parameter in named.items()
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
-    if not chosen:
-        raise ValueError("include and exclude leave no parameter that may change.")
-    return chosen
 
 
 class FewShotModel(EpisodicModel):
