@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
-import mixwright as mw
 from mixwright.data.batches import Batches
 from mixwright.data.episodes import Episode
 from mixwright.data.order import Order
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
-from mixwright.methods.smat.fixed_masks import set_masks
+from mixwright.methods.smat.fresh import set_masks
 from mixwright.methods.smat.model import FewShotModel, compose
 from mixwright.methods.smat.recipe import groups, stages
 from mixwright.methods.smat.sparsity_term import sparsity_term
 from mixwright.methods.smat.watch import Watch
 from mixwright.ops.hard_concrete import LIMIT
 from mixwright.recipe import TrainConfig
+from mixwright.routing import Routing
 from mixwright.training.fit import fit
 from mixwright.training.optimizers import make_optimizers, set_rate
 from mixwright.training.stage import Stage, select_parameters
@@ -64,7 +64,7 @@ def test_one_expert_with_full_masks_is_plain_meta_tuning_step_for_step() -> None
     model, stage = _ready(config)
     assert [group.name for group in stage.groups] == ["shared change"]
     fit(model, stage, _batches(), config=TrainConfig(accumulate=2))
-    theta = model.weights_for(mw.routing.Routing(torch.ones(1), 1))
+    theta = model.weights_for(Routing(torch.ones(1), 1))
 
     net = Net()
     change = {name: torch.zeros_like(p, requires_grad=True) for name, p in net.named_parameters()}
@@ -90,34 +90,31 @@ def test_one_expert_with_full_masks_is_plain_meta_tuning_step_for_step() -> None
     assert change["out.weight"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("weights", "experts", "sparsity"), [(300, 8, 0.9), (20_000, 3, 0.8), (20_000, 16, 0.95)])
+@pytest.mark.parametrize(("weights", "experts", "sparsity"), [(1000, 8, 0.9), (20_000, 2, 0.8), (4000, 16, 0.9)])
 def test_the_constraint_is_met_within_the_budget_whatever_the_size_of_the_pool(
     weights: int, experts: int, sparsity: float
 ) -> None:
-    """The task's loss is off; rates are those of the recipe, the number of steps is a thirtieth of the paper's."""
-    config = SmatConfig(experts=experts, sparsity=sparsity, steps=400, feature_width=12)
+    """The task's loss is off; rates are those of the recipe, the number of steps is a twenty-fifth of the paper's."""
+    steps = 500
+    config = SmatConfig(experts=experts, sparsity=sparsity, steps=steps, feature_width=12)
     model = compose(config, [Net()])
-    model.mixture.experts = SparseDeltas({"w": torch.Size([weights])}, experts)
-    stage = replace(stages(config)[0], groups=tuple(g for g in groups(config, model) if g.name in ("masks", "multipliers")))
-    (optimizers, deltas) = (make_optimizers(model, stage, select_parameters(model, stage.groups)), model.deltas)
-    draw, before = torch.Generator().manual_seed(0), torch.zeros(experts)
-    for step in range(400):
+    model.mixture.experts = deltas = SparseDeltas({"w": torch.Size([weights])}, experts)
+    chosen = tuple(group for group in groups(config, model) if group.name in ("masks", "multipliers"))
+    stage = replace(stages(config)[0], groups=chosen)
+    optimizers = make_optimizers(model, stage, select_parameters(model, chosen))
+    draw = torch.Generator().manual_seed(0)
+    for step in range(steps):
         set_rate(optimizers, stage.rate(step))
         deltas.zero_grad()
-        alpha = torch.softmax(torch.randn(4, experts, generator=draw), -1)
-        for each in alpha:
-            (sparsity_term(deltas, each, sparsity, config.floor) / 4).backward()
-        broken = deltas.sparsity() < sparsity
+        before, kept = deltas.multipliers.detach().clone(), deltas.sparsity() > sparsity
+        alpha = torch.softmax(torch.randn(4, experts, generator=draw), -1).mean(0)
+        sparsity_term(deltas, alpha, sparsity, config.floor).backward()
         for optimizer in optimizers:
             optimizer.step()
-        deltas.clamp()
-        assert bool((deltas.multipliers[broken] >= before[broken]).all())
-        assert bool((deltas.multipliers[deltas.sparsity() > sparsity][:0] == 0).all())
-        before = deltas.multipliers.detach().clone()
-        over = ~broken & (alpha.mean(0) > 0)
-        assert bool((deltas.multipliers[over & (deltas.sparsity() > sparsity)] == 0).all())
-    assert (deltas.sparsity() - sparsity).abs().max() < (0.02 if weights < 1000 else 0.013)
-    assert bool((deltas.multipliers == 0).any())
+        deltas.after_step()
+        assert bool((deltas.multipliers[kept] == 0).all())
+        assert bool((deltas.multipliers >= before)[~kept].all())
+    assert (deltas.sparsity() - sparsity).abs().max() <= 0.01
 
 
 def test_an_expert_that_nobody_chooses_gets_sparse_all_the_same() -> None:
@@ -147,7 +144,7 @@ def test_rates_grow_with_the_masks_and_with_the_hurry() -> None:
     model = compose(config, [Net()])
     units = sum(p.numel() for p in Net().parameters())
     by_name = {group.name: group for group in groups(config, model)}
-    assert by_name["masks"].lr == pytest.approx(0.046 * units) and by_name["masks"].within == (-LIMIT, LIMIT)
+    assert by_name["masks"].lr == pytest.approx(0.046 * units)
     assert by_name["multipliers"].lr == 2e-3 and by_name["multipliers"].optimizer == "dual_ascent"
     assert (by_name["shared change"].optimizer, by_name["shared change"].momentum) == ("sgd", 0.9)
     assert (by_name["masks"].momentum, by_name["masks"].clip, by_name["router"].clip) == (0.0, 5.0, 1.0)
@@ -191,6 +188,15 @@ def test_a_uniform_mixture_asks_no_router_and_stays_uniform_when_loaded(tmp_path
     assert model.eval().routing(episode.support_set).weights.tolist() == [0.25] * 4
 
 
+def test_soft_merging_trains_a_change_for_each_expert(tmp_path: Path) -> None:
+    config = SmatConfig(experts=3, changes="own", steps=3, learning_rate=0.05, feature_width=12)
+    model, stage = _ready(config)
+    assert {group.name for group in stage.groups} == {"shared change", "router"}
+    fit(model, stage, _batches())
+    change = model.mixture.experts.delta["out/weight"]
+    assert change.shape == (3, 12, 12) and bool((change.flatten(1).abs().sum(1) > 0).all())
+
+
 def test_hand_masks_are_globs() -> None:
     model, _ = _ready(SmatConfig(**PLAIN, include=("*bias",)))  # type: ignore[arg-type]
     assert model.deltas.names == ("stem.bias", "norm.bias", "out.bias", "unread.bias")
@@ -199,11 +205,11 @@ def test_hand_masks_are_globs() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_killed_runs_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py"), str(tmp_path), "4"]
+    command = [sys.executable, str(Path(__file__).parent / "kill_harness.py"), str(tmp_path), "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert found["killed"] == 4 and found["unequal"] == [] and found["moved"]
+    assert found["killed"] == 3 and found["unequal"] == [] and found["moved"]
 
 
 def _filled(model: FewShotModel, value: Any) -> None:
@@ -251,5 +257,3 @@ def test_the_sparsity_that_is_asked_for_may_rise() -> None:
     config = SmatConfig(sparsity=0.8, annealed=0.5)
     assert [config.sparsity_at(share) for share in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.4, 0.8, 0.8]
     assert SmatConfig().sparsity_at(0.0) == 0.9
-
-

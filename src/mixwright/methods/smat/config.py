@@ -35,9 +35,16 @@ class SmatConfig:
     """Of masks, keys and tokens."""
 
     masks: Literal["learned", "all", "random", "given"] = "learned"
-    """`learned` (the paper); `all`: every weight that may change does, and with one expert that is P>M>F; `random`: each
-    weight at odds 1 - `sparsity`, once for all; `given`: what `fixed_masks.set_masks` is told. Only learned masks move,
+    """`learned` (the paper); `all`: every weight that may change does, and with one expert that is P>M>F; `random`:
+    each weight at odds 1 - `sparsity`, once for all; `given`: what `fresh.set_masks` is told. Only learned masks move,
     and only they have a constraint."""
+    changes: Literal["shared", "own"] = "shared"
+    """One change for all experts, under masks (the paper); or each has its own, whole, and there are no masks: soft
+    merging."""
+    mask_noise: bool = False
+    """Draw masks with concrete noise in training, as Louizos et al. do; the released code does not."""
+    regrowth: Rate = 0.0
+    """The slope with which masks at 0 and at 1 still feel the task; 0, as in the paper, lets no dead one come back."""
     router: Literal["support", "uniform"] = "support"
     """Whether the support set chooses, or all experts count alike."""
 
@@ -56,8 +63,8 @@ class SmatConfig:
     distillation_temperature: Annotated[float, Gt(0)] = 2.0
     """T of both distillation terms."""
     distilled: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Share of each episode's queries, drawn anew, that distillation is estimated from: 1 is the paper, less is the same
-    in the mean and takes less time (README, Training)."""
+    """Share of each episode's queries, drawn anew, that distillation is estimated from: 1 is the paper, less is the
+    same in the mean and takes less time (README, Training)."""
     gate_penalty: Rate = 1e-4
     """Weight of the mean square of the gate logits."""
     floor: Share = 0.1
@@ -91,6 +98,11 @@ class SmatConfig:
     def mask_unit(self) -> Literal["weight", "row", "tensor"]:
         """What the masks that are held decide about: where none leaves anything out, one number a tensor will do."""
         return "tensor" if self.masks == "all" else self.granularity
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are masks that learn, and have to be sparse."""
+        return self.changes == "shared" and self.masks == "learned"
 
     def sparsity_at(self, progress: float) -> float:
         """What is asked for when this share of the training is done."""

@@ -47,7 +47,7 @@ class EpisodeLoss:
         loss = with_gradients(value, list(theta.values()), gradients)
         if gates is not None:
             loss = loss + config.gate_penalty * gates.square().mean()
-        if config.masks == "learned":
+        if config.is_constrained:
             sparsity = config.sparsity_at(model.router.progress)
             loss = loss + sparsity_term(model.deltas, routing.dense(), sparsity, config.floor)
         return loss

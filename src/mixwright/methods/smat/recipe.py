@@ -10,7 +10,6 @@ from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.model import FewShotModel, compose
 from mixwright.methods.smat.watch import Watch
-from mixwright.ops.hard_concrete import LIMIT
 from mixwright.training.stage import ParamGroup, Stage
 
 MOMENTUM, MASK_CLIP, ROUTER_CLIP, ROUTER_DECAY = 0.9, 5.0, 1.0, 0.01
@@ -62,6 +61,9 @@ def groups(config: SmatConfig, model: nn.Module) -> tuple[ParamGroup, ...]:
         clip=ROUTER_CLIP,
         name="router",
     )
+    chosen = (change, *((router,) if config.routes else ()))
+    if not config.is_constrained:
+        return chosen
     units = sum(logits[0].numel() for logits in model.deltas.logits.values())
     masks = ParamGroup(
         select=("mixture.experts.logits.*",),
@@ -69,7 +71,6 @@ def groups(config: SmatConfig, model: nn.Module) -> tuple[ParamGroup, ...]:
         optimizer="sgd",
         weight_decay=0.0,
         clip=MASK_CLIP,
-        within=(-LIMIT, LIMIT),
         name="masks",
     )
     multipliers = ParamGroup(
@@ -79,8 +80,7 @@ def groups(config: SmatConfig, model: nn.Module) -> tuple[ParamGroup, ...]:
         clip=False,
         name="multipliers",
     )
-    chosen = (change, *((router,) if config.routes else ()))
-    return (*chosen, masks, multipliers) if config.masks == "learned" else chosen
+    return *chosen, masks, multipliers
 
 
 def _started(config: SmatConfig, backbone: nn.Module, seed: int, before: ComposedModel | None) -> Any:

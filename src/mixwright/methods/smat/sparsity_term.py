@@ -1,6 +1,5 @@
 """The constraint that experts be sparse, as a term of the loss (sheet a6)."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

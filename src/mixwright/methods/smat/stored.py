@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from mixwright.errors import CatalogError
-from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.fresh import fresh_experts
 from mixwright.methods.smat.model import FewShotModel, assemble, maskable
 from mixwright.routers.support_set import SupportSetRouter
 
@@ -21,7 +21,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     if keys is None or keys.dim() != 2 or len(ids) != config.experts:
         raise CatalogError("TENSOR", "added state", "it has no router for the experts that its config names.")
     router = SupportSetRouter(keys.shape[1], config.experts)
-    deltas = SparseDeltas(maskable(backbone, config.include, config.exclude), config.experts, config.mask_unit)
+    deltas = fresh_experts(config, maskable(backbone, config.include, config.exclude))
     try:
         router.load_state_dict(router_state)
         deltas.load_state_dict(deltas_state)

@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.experts.overlap import Overlap, overlap
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.ops.collapse import entropy
-from mixwright.ops.hard_concrete import mask
 
 UNUSED = 0.1
 """Of the share that an expert would have if all were used alike: below that it is not in use."""
@@ -49,13 +48,14 @@ class Watch:
         assert isinstance(model, FewShotModel)
         self._progress = model.router.progress
         numbers: dict[str, float] = {"routing.temperature": float(model.router.temperature)}
-        if self.config.masks == "learned":
+        if self.config.is_constrained:
             sparsity, multipliers = model.sparsity(), model.deltas.multipliers
             numbers |= {"sparsity.min": float(sparsity.min()), "sparsity.mean": float(sparsity.mean())}
             numbers |= {"multiplier.max": float(multipliers.max()), "multiplier.mean": float(multipliers.mean())}
-            overlap, numbers["masks.fractional"] = _masks(model.deltas)
-            if overlap is not None:
-                numbers["experts.overlap"] = overlap
+            found = overlap(model.deltas)
+            numbers["masks.fractional"] = found.fractional
+            if len(sparsity) > 1:
+                numbers["experts.overlap"] = _excess(found)
         if self.config.routes and self.seen:
             mixtures = torch.stack(self.seen).float()
             self.seen = []
@@ -80,7 +80,7 @@ class Watch:
                 f"one leaves {sparsity:.1%} of the weights alone, and sparsity asks for {self.config.sparsity:.0%}; "
                 "raise mask_learning_rate or multiplier_learning_rate, take more steps, or raise floor"
             )
-        if self.config.masks == "learned" and numbers.get("sparsity.mean", 0.0) > max(EMPTY, self.config.sparsity):
+        if numbers.get("sparsity.mean", 0.0) > max(EMPTY, self.config.sparsity):
             found["dead masks"] = (
                 "next to nothing of the masks is left, and dead ones don't come back; lower mask_learning_rate or "
                 "sparsity"
@@ -88,24 +88,8 @@ class Watch:
         return found
 
 
-def _masks(deltas: SparseDeltas) -> tuple[float | None, float]:
-    """Mean overlap of two experts over that of chance, None where there is none; the share of fractional masks."""
-    count = deltas.num_experts
-    both = torch.zeros(count, count, dtype=torch.float64)
-    fractional = weights = 0.0
-    for name in deltas.names:
-        logits = deltas.logits[name.replace(".", "/")].flatten(1)
-        each = deltas.delta[name.replace(".", "/")].numel() / max(logits.shape[1], 1)
-        for chunk in logits.split(1 << 18, 1):
-            z = mask(chunk)
-            alive = (z > 0).float()
-            both += each * (alive @ alive.T).double().cpu()
-            fractional += each * float(((z > 0) & (z < 1)).sum())
-            weights += each * chunk.shape[1]
-    kept, pairs = both.diagonal(), torch.triu_indices(count, count, 1)
-    a, b, shared = kept[pairs[0]], kept[pairs[1]], both[pairs[0], pairs[1]]
-    chance = a * b / weights
-    index, expected = shared / (a + b - shared), chance / (a + b - chance)
-    known = expected > 0
-    overlap = float((index[known] / expected[known]).mean()) if bool(known.any()) else None
-    return overlap, fractional / max(weights * count, 1.0)
+def _excess(found: Overlap) -> float:
+    """Mean over pairs of how much more two experts overlap than by chance; 0 where one of them has nothing left."""
+    first, second = torch.triu_indices(len(found.density), len(found.density), 1)
+    iou, chance = found.iou[first, second], found.chance[first, second]
+    return float((iou / chance.clamp_min(1e-12)).masked_fill(chance == 0, 0.0).mean())
