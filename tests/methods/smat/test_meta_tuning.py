@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
+import mixwright as mw
 from mixwright.data.batches import Batches
 from mixwright.data.episodes import Episode
 from mixwright.data.order import Order
@@ -195,6 +196,9 @@ def test_soft_merging_trains_a_change_for_each_expert(tmp_path: Path) -> None:
     fit(model, stage, _batches())
     change = model.mixture.experts.delta["out/weight"]
     assert change.shape == (3, 12, 12) and bool((change.flatten(1).abs().sum(1) > 0).all())
+    model.eval().save_pretrained(tmp_path / "pool")
+    again = mw.load(tmp_path / "pool", backbone=Net())
+    assert torch.equal(again.mixture.experts.delta["out/weight"], change)
 
 
 def test_hand_masks_are_globs() -> None:

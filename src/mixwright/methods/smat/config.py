@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from mixwright.methods.base import Method, Paper
-from mixwright.recipe import Count
+from mixwright.recipe import Count, EpisodeConfig
 
 Share = Annotated[float, Ge(0), Le(1)]
 Rate = Annotated[float, Ge(0)]
@@ -33,6 +33,12 @@ class SmatConfig:
     """What a mask decides about: each weight (the paper), each row of a tensor, or each tensor."""
     seed: Annotated[int, Ge(0)] = 0
     """Of masks, keys and tokens."""
+    storage: Literal["exact", "compact"] = "exact"
+    """How a pool is saved. exact: the same weights to the bit. compact, about half: the change in float16, masks
+    between 0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
+
+    episodes: EpisodeConfig = EpisodeConfig()
+    """Which episodes are drawn (sheet a8)."""
 
     masks: Literal["learned", "all", "random", "given"] = "learned"
     """`learned` (the paper); `all`: every weight that may change does, and with one expert that is P>M>F; `random`:
@@ -122,6 +128,7 @@ class SmatConfig:
 METHOD = Method(
     name="smat",
     trains="composition",
+    reads="episodes",
     summary="sparse interpolated experts, chosen from a support set: few-shot classification out of distribution",
     config=SmatConfig,
     paper=Paper(

@@ -6,7 +6,7 @@ dense teacher's step and the student's own; distillation has a second one, of th
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -138,7 +138,11 @@ class EpisodePasses:
         self, outputs: Sequence[Tensor], weights: Weights, cotangents: Sequence[Tensor], *, keep: bool = False
     ) -> Gradients:
         wanted = [self.lift * each.to(out.dtype) for each, out in zip(cotangents, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, list(weights.values()), wanted, retain_graph=keep, allow_unused=True)
+        leaves = list(weights.values())
+        found = cast(
+            Sequence[Tensor | None],
+            torch.autograd.grad(outputs, leaves, wanted, retain_graph=keep, allow_unused=True),
+        )
         return [None if each is None else each / self.lift for each in found] if self.lift != 1 else list(found)
 
 
