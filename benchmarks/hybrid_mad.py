@@ -95,7 +95,8 @@ def measure(
     model = make(arm, size, task, seed).to(device)
     count = parameters(model)
     examples = task.sample(wanted[-1] * size.batch, seed).to(device)
-    held_out = [task.sample(n, seed, s).to(device) for n, s in ((size.validation, "validation"), (size.test, "test"))]
+    held_out = [task.sample(size.validation, seed, "validation"), task.sample(size.test, seed, "test")]
+    held_out = [each.to(device) for each in held_out]
     for reached in trained(model, examples, size, rate, wanted):
         validation, test = (scores(model, each) for each in held_out)
         weights = getattr(model, "mixture_weights", None)
@@ -167,9 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.report and not args.write:
         run(cells, size, args.tasks, args.seeds, args.device, tuning=args.tuning_seed, arms=args.arms)
         return
-    found = summary(cells.known, args.seeds, args.tuning_seed)
+    known = sorted(cells.known, key=lambda cell: list(TASKS).index(cell["task"]))
+    found = summary(known, args.seeds, args.tuning_seed)
     if args.write:
-        spent = round(sum(_spent(cells.known)), 1)
+        spent = round(sum(_spent(known)), 1)
         write_json(
             args.out,
             {"results": found, "settings": json.loads(settings), **surroundings(started), "cpu_seconds": spent},
