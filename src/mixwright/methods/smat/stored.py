@@ -31,7 +31,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
 
     Raises CatalogError (SIZE, SHAPE, TENSOR, DTYPE, CONFIG, VALUE) for tensors that do not fit.
     """
-    inside, _ = of_whole(state)
+    inside, whole = of_whole(state)
     router_state, experts_state = (
         {name.removeprefix(start): tensor for name, tensor in inside.items() if name.startswith(start)}
         for start in (_ROUTER, _EXPERTS)
@@ -57,7 +57,9 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
-    return assemble(config, backbone, router.to(device), deltas.to(device))
+    model = assemble(config, backbone, router.to(device), deltas.to(device))
+    model.whole.update({name: tensor for name, tensor in whole.items() if not name.startswith(_PACKED)})
+    return model
 
 
 def _refuse_huge(weights: int, config: SmatConfig) -> None:
