@@ -80,7 +80,9 @@ def open_job(recipe: Recipe, texts: Texts, backbone: nn.Module, tokenizer: Token
     )
 
 
-def open_episode_job(recipe: Recipe, config: EpisodeConfig, domains: Domains, backbone: nn.Module) -> Job:
+def open_episode_job(
+    recipe: Recipe, config: EpisodeConfig, domains: Domains, backbone: nn.Module, *, check: bool = False
+) -> Job:
     """Draw episodes from what was read, and name everything that the weights will depend on.
 
     The tokenizer, and how images are prepared, are those beside the backbone. `check` reads every item now, rather than
