@@ -21,12 +21,10 @@ _DENSE = ("delta.", "logits.")
 
 def stored_state(model: FewShotModel, plain: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
     """What of `plain`, the state with every mask, goes to disk: experts packed, and the digests of the backbone."""
-    experts, state = model.mixture.experts, dict(plain)
-    if isinstance(experts, SparseDeltas):
-        kept = {n: t for n, t in plain.items() if not n.removeprefix(_EXPERTS).startswith(_DENSE)}
-        state = kept | {f"{_EXPERTS}{_PACKED}{name}": tensor for name, tensor in pack(experts, storage).items()}
+    state = {n: t for n, t in plain.items() if not n.removeprefix(_EXPERTS).startswith(_DENSE)}
+    packed = {f"{_EXPERTS}{_PACKED}{name}": tensor for name, tensor in pack(model.deltas, storage).items()}
     bound = {f"whole.{name}": tensor for name, tensor in digests(model.backbone, model.pristine()).items()}
-    return state | bound
+    return state | packed | bound
 
 
 def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor], ids: Sequence[str]) -> FewShotModel:
@@ -34,7 +32,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
 
     Raises CatalogError (SIZE, SHAPE, TENSOR, DTYPE, CONFIG, VALUE) for tensors that do not fit.
     """
-    inside, _ = of_whole(state)
+    inside, whole = of_whole(state)
     router_state, experts_state = (
         {name.removeprefix(start): tensor for name, tensor in inside.items() if name.startswith(start)}
         for start in (_ROUTER, _EXPERTS)
@@ -60,7 +58,9 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
-    return assemble(config, backbone, router.to(device), experts.to(device))
+    model = assemble(config, backbone, router.to(device), experts.to(device))
+    model.whole.update({name: tensor for name, tensor in whole.items() if not name.startswith(_PACKED)})
+    return model
 
 
 def _refuse_huge(weights: int, config: SmatConfig) -> None:
