@@ -162,8 +162,8 @@ class EpisodicModel(ComposedModel):
         """A support set in any form, checked, as `Labelled`: raises as `composition.support.labelled` does."""
         return labelled(support, next(self.backbone.parameters()), self.read)
 
-    def read(self, items: Sequence[Any]) -> Inputs:
-        """Raw items as the backbone reads them, by `reader` or, for texts, its tokenizer. Raises TypeError."""
+    def read(self, items: Any) -> Inputs:
+        """Raw items as the backbone reads them, by `reader` or by what lies beside it. Raises TypeError."""
         return (self.reader or reader_of(self, items))(items)
 
     def support_features(self, support: SupportSet) -> Float[Tensor, "shots width"]:
