@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import mixwright as mw
 from mixwright.backbones.hf import byte_tokenizer
 from mixwright.backbones.tiny import tiny_backbone
-from mixwright.cli import app
+from mixwright.cli import build
 from mixwright.data.synthetic_episodes import image_domains, text_domains
 from mixwright.methods.smat.classifier import FewShotClassifier
 from mixwright.methods.smat.model import FewShotModel
@@ -56,7 +56,7 @@ def train(root: Path, backbone: str, domain: str, task: str) -> None:
 
 
 def asked(*arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(build(), [*arguments, "--json"])
     assert result.exit_code == code, result.output + repr(result.exception)
     return json.loads(result.stdout) if code == 0 else str(result.exception)
 
@@ -86,7 +86,7 @@ def test_eval_of_a_support_and_of_domains(folder: Path) -> None:
     assert domain["adapted"]["episodes"] == 3
     gap = domain["adapted"]["accuracy"] - domain["pretrained"]["accuracy"]
     assert domain["difference"] == pytest.approx(gap, abs=1e-6)
-    shown = CliRunner().invoke(app, ["eval", where, "--data", str(folder / "strokes.npz"), *sizes])
+    shown = CliRunner().invoke(build(), ["eval", where, "--data", str(folder / "strokes.npz"), *sizes])
     assert shown.exit_code == 0 and "strokes" in shown.stdout and "+-" in shown.stdout
     assert "both --support and --query" in asked("eval", where, "--support", str(folder / "known"), code=1)
 
@@ -95,7 +95,10 @@ def test_run_says_the_class_of_a_picture_or_a_text(folder: Path) -> None:
     picture = sorted((folder / "known").rglob("*.png"))[0]
     where = str(folder / "run-vit" / "adapt" / "composition")
     found = asked("run", where, "--task", "new", "--file", str(picture))
-    assert found["classes"][0]["class"] == picture.parent.name
+    kept = FewShotClassifier.from_model(mw.load(where, backbone=folder / "vit"), "new")
+    assert found["classes"][0]["class"] == kept.predict([picture])[0]
+    best = float(kept.predict_proba([picture]).max())
+    assert found["classes"][0]["probability"] == pytest.approx(best, abs=1e-5)
     row = json.loads((folder / "chat.jsonl").read_text().splitlines()[0])
     found = asked("run", str(folder / "run-bert" / "adapt" / "composition"), "--task", "new", "--prompt", row["text"])
     assert sum(entry["probability"] for entry in found["classes"]) == pytest.approx(1, abs=1e-5)

@@ -53,7 +53,7 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random prototypes, or the episodes.")] = 0,
     support: Annotated[
         str | None,
-        typer.Option("--support", help="Few-shot: labelled items to learn from, as class folders or a table."),
+        typer.Option("--support", help="Few-shot: labelled items to learn from: class folders, a table."),
     ] = None,
     query: Annotated[str | None, typer.Option("--query", help="Few-shot: labelled items to be classified.")] = None,
     ways: Annotated[int, typer.Option("--ways", min=2, help="Few-shot: classes of an episode of --data.")] = 5,
