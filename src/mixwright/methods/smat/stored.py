@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from mixwright.composition.base_digests import digests
 from mixwright.composition.restoring import of_whole
 from mixwright.errors import CatalogError
+from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
-from mixwright.methods.smat.model import FewShotModel, assemble, maskable
+from mixwright.methods.smat.model import FewShotModel, assemble
 from mixwright.methods.smat.packing import Storage, pack, unpack
 from mixwright.routers.support_set import SupportSetRouter
 
@@ -31,7 +32,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
 
     Raises CatalogError (SIZE, SHAPE, TENSOR, DTYPE, CONFIG, VALUE) for tensors that do not fit.
     """
-    inside, _ = of_whole(state)
+    inside, whole = of_whole(state)
     router_state, experts_state = (
         {name.removeprefix(start): tensor for name, tensor in inside.items() if name.startswith(start)}
         for start in (_ROUTER, _EXPERTS)
@@ -57,7 +58,9 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
-    return assemble(config, backbone, router.to(device), deltas.to(device))
+    model = assemble(config, backbone, router.to(device), deltas.to(device))
+    model.whole.update({name: tensor for name, tensor in whole.items() if not name.startswith(_PACKED)})
+    return model
 
 
 def _refuse_huge(weights: int, config: SmatConfig) -> None:
