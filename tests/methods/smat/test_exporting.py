@@ -80,8 +80,7 @@ def test_half_precision_is_merged_in_float32_and_then_cast() -> None:
     """A change of 0.4 of the step of bfloat16 at 1.0, twice as strong: rounded once, it takes the step."""
     step = 2.0**-7
     base = nn.Sequential(nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
-    with torch.no_grad():
-        base[0].weight.fill_(1.0)
+    nn.init.ones_(base.get_parameter("0.weight"))
     model = _model(base, experts=2, feature_width=4)
     with torch.no_grad():
         model.deltas.delta["0/weight"].fill_(0.6 * step)
@@ -133,7 +132,12 @@ def test_peft_reads_the_sparse_adapter(include: tuple[str, ...], whole: tuple[st
     peft = pytest.importorskip("peft")
     model = _model(include=include)
     if include == ("*",):  # biases of linear layers would make these whole
-        model = _model(exclude=("*.q_proj.bias", "*.fc*.bias",))
+        model = _model(
+            exclude=(
+                "*.q_proj.bias",
+                "*.fc*.bias",
+            )
+        )
     done = model.export(_support(), tmp_path / "adapter", sparse=True, strength=0.7)
     assert isinstance(done, ExportedPool)
     ends = {path.rpartition(".")[2] for path in done.whole}
@@ -151,7 +155,7 @@ def test_what_peft_has_no_form_for_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         for logits in dense.deltas.logits.values():
             logits.fill_(LIMIT)
-    with pytest.raises(ValueError, match=r"fc1\.weight: SHiRA gives every layer .* Take a state dict"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight: SHiRA gives every layer .* Take a state dict"):
         dense.export(_support(), tmp_path / "adapter", sparse=True)
     with pytest.raises(ValueError, match="no linear layer's weight changes alone"):
         _model(include=("layernorm.*",)).export(_support(), tmp_path / "adapter", sparse=True)
@@ -169,7 +173,12 @@ def test_a_folder_in_use_is_refused_and_the_weights_are_as_they_were(tmp_path: P
     (tmp_path / "thesis.txt").write_text("x")
     for sparse in (False, True):
         with pytest.raises(CatalogError, match="^PATH "):
-            _model(exclude=("*.q_proj.bias", "*.fc*.bias",)).export(_support(), tmp_path, sparse=sparse)
+            _model(
+                exclude=(
+                    "*.q_proj.bias",
+                    "*.fc*.bias",
+                )
+            ).export(_support(), tmp_path, sparse=sparse)
     with pytest.raises(CatalogError, match="^PATH "):
         model.export(_support(), tmp_path)
     assert tensor_digest(model.backbone) == before

@@ -88,7 +88,9 @@ def export_peft(
         changed = {name: after[name].detach() for name in after if not torch.equal(after[name], before[name])}
         linear, whole = _forms(model.backbone, changed)
         if not linear:
-            raise ValueError("no linear layer's weight changes alone: there is nothing sparse to write; take a state dict.")
+            raise ValueError(
+                "no linear layer's weight changes alone: there is nothing sparse to write; take a state dict."
+            )
         tensors, rank = _sparse(linear, before, changed)
         for path in whole:
             module = model.backbone.get_submodule(path)
@@ -181,20 +183,20 @@ def _record(
     pool = hashlib.sha256()
     for name, tensor in sorted(model.added_state().items()):
         pool.update(f"{name} {digest_of_tensor(tensor)}\n".encode())
-    record = {
+    counts = {name: count for name, count in moved.items() if count}
+    record: dict[str, Any] = {
         "composition": {key: value for key, value in encode(stored_composition(model)).items() if key != "components"},
         "pool_sha256": pool.hexdigest(),
         "base_sha256": {name: digest_of_tensor(tensor) for name, tensor in sorted(before.items())},
         "weights_of_experts": dict(zip(model.experts, routing.dense().tolist(), strict=True)),
         "strength": strength,
-        "changed": {name: count for name, count in moved.items() if count},
+        "changed": counts,
     }
-    counts = record["changed"]
     return record, ExportedPool(folder=folder, tensors=len(counts), numbers=sum(counts.values()))
 
 
 def _beside(
-    model: "FewShotModel", support: SupportSet | Routing, record: Mapping[str, Any], staging: Path, card: str
+    model: "FewShotModel", support: SupportSet | Routing, record: dict[str, Any], staging: Path, card: str
 ) -> None:
     if isinstance(support, SupportSet):
         with eval_mode(model.backbone):
