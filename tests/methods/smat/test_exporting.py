@@ -111,6 +111,16 @@ def test_prototypes_are_those_under_the_new_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_remembered_adaptation_is_exported_as_it_was_kept(tmp_path: Path) -> None:
+    model = _model()
+    model.remember("cats", (_support().inputs, ["a", "b", "c"] * 2), 0.5)
+    model.export("cats", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "made_from.json").read_text())
+    assert record["strength"] == 0.5 and record["classes"] == ["a", "b", "c"]
+    found = load_file(tmp_path / "out" / "prototypes.safetensors")["prototypes"]
+    assert torch.equal(found, model.remembered("cats").prototypes)
+
+
 def test_tied_weights_are_written_under_both_names() -> None:
     backbone = tiny_backbone("gpt2")
     model = _model(backbone, feature_width=32, include=("transformer.wte.weight",))
