@@ -24,6 +24,7 @@ from mixwright.config import encode
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
+from mixwright.methods.smat.fresh import Experts, fresh_experts
 from mixwright.routers.support_set import SupportSetRouter
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
     router = SupportSetRouter(width, config.experts, config.seed).to(device)
-    deltas = SparseDeltas(shapes, config.experts, config.granularity, config.seed).to(device)
+    deltas = fresh_experts(config, shapes).to(device)
+    if config.router == "uniform":
+        nn.init.zeros_(router.keys)
     return assemble(config, backbone, router, deltas)
 
 
-def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: SparseDeltas) -> "FewShotModel":
+def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: Experts) -> "FewShotModel":
     """The model of these parts."""
     kind = "custom" if callable(config.features) else config.features
     described = Composition(
