@@ -40,7 +40,10 @@ def test_pictures_and_paths_to_them_are_read_alike(vision: Any, tmp_path: Path) 
 
 def test_a_picture_that_is_not_there_is_named(vision: Any) -> None:
     with pytest.raises(ValueError, match="nothing.png: cannot be read"):
-        vision.read(["nothing.png"])
+        vision.read([Path("nothing.png")])
+    for text in ("nothing.png", "a text", "\0", "x" * 9999):
+        with pytest.raises(TypeError, match="items of str: nothing beside the backbone reads them"):
+            vision.read([text])
     with pytest.raises(TypeError, match="a int among pictures"):
         vision.read([pictures()[0], 3])
     with pytest.raises(TypeError, match="items of object: nothing beside the backbone reads them"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def reader_of(model: "ComposedModel", items: Sequence[Any]) -> Read:
-    """What reads such items: a text is a path where the backbone reads images.
+    """What reads such items: a text is the path of a picture where the backbone reads images and there is such a file.
 
     Raises TypeError where nothing beside the backbone does.
     """
@@ -48,5 +48,7 @@ def _pictures(model: "ComposedModel") -> Read:
 
 
 def _shows(item: Any) -> bool:
-    """Whether it is a picture, or a path that may lead to one."""
-    return isinstance(item, str | Path) or type(item).__module__.split(".")[0] == "PIL"
+    """Whether it is a picture, or a path to one."""
+    if isinstance(item, str):
+        return len(item) < 4096 and "\0" not in item and Path(item).is_file()
+    return isinstance(item, Path) or type(item).__module__.split(".")[0] == "PIL"
