@@ -1,56 +1,54 @@
-"""Raw items as a model's backbone reads them: texts by the tokenizer, pictures by the settings that lie beside it."""
+"""Raw items as a model's backbone reads them, by what lies beside it: texts, pictures, paths of pictures."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from mixwright.backbones.hf import load_tokenizer
-from mixwright.backbones.image_settings import load_image_settings
-from mixwright.composition.domain_readers import DomainReaders
-from mixwright.data.domains import Domain
-from mixwright.data.encoded import Encoded
-from mixwright.ops.rows import Inputs
+from mixwright.backbones.image_settings import image_channels, image_side, load_image_settings, reads_images
+from mixwright.composition.support import Read
+from mixwright.data.images import picture, pixels_for
+from mixwright.data.texts import TextReader
 
 if TYPE_CHECKING:
     from mixwright.composition.model import ComposedModel
 
 
-def reader_of(model: "ComposedModel", items: Any) -> Callable[[Any], Inputs]:
-    """What reads such items: texts, paths of image files, Pillow's pictures, or images in bytes as one tensor.
+def reader_of(model: "ComposedModel", items: Sequence[Any]) -> Read:
+    """What reads such items: a text is the path of a picture where the backbone reads images and there is such a file.
 
     Raises TypeError where nothing beside the backbone does.
     """
-    path, revision = model.composition.backbone.get("path"), model.composition.backbone.get("revision")
-    first = items[0]
-    if isinstance(first, str):
-        if model.tokenizer is None and path:
-            model.tokenizer = load_tokenizer(path, revision=revision)
-        if model.tokenizer is None:
-            raise TypeError("items are texts, and no tokenizer is known: set model.tokenizer, or model.reader.")
-    elif not isinstance(first, Path | Tensor) and not hasattr(first, "save"):
+    wants_images = reads_images(model.backbone) is True
+    read = _pictures(model) if wants_images and _shows(items[0]) else None
+    if not wants_images and isinstance(items[0], str):
+        read = _texts(model)
+    if read is None:
         raise TypeError(
-            f"items of {type(first).__name__}: nothing beside the backbone reads them; give tensors, or set "
+            f"items of {type(items[0]).__name__}: nothing beside the backbone reads them; give tensors, or set "
             "model.reader to a function that makes a batch of them."
         )
-    settings = load_image_settings(path, revision=revision) if path and not isinstance(first, str) else None
-    readers = DomainReaders(model.backbone, tokenizer=model.tokenizer, images=settings)
-
-    def read(items: Any) -> Inputs:
-        given = items if isinstance(items, Tensor) else [_plain(place, item) for place, item in enumerate(items)]
-        return readers.read(Domain("support", given, [0] * len(given), ("items",))).read(range(len(given)))
-
     return read
 
 
-def _plain(place: int, item: Any) -> Any:
-    """A text as it is, a file as it lies on disk, a picture as its file would be."""
-    if isinstance(item, Path):
-        return Encoded(str(item), path=item)
+def _texts(model: "ComposedModel") -> Read | None:
+    path = model.composition.backbone.get("path")
+    if model.tokenizer is None and path:
+        model.tokenizer = load_tokenizer(path, revision=model.composition.backbone.get("revision"))
+    return None if model.tokenizer is None else TextReader(model.tokenizer)
+
+
+def _pictures(model: "ComposedModel") -> Read:
+    path = model.composition.backbone.get("path")
+    settings = load_image_settings(path, revision=model.composition.backbone.get("revision")) if path else None
+    size = None if settings else image_side(model.backbone)
+    pixels = pixels_for(settings, size=size, channels=image_channels(model.backbone))
+    side = max(pixels.size, pixels.resize or 0)
+    return lambda items: pixels([picture(item, side) for item in items])
+
+
+def _shows(item: Any) -> bool:
+    """Whether it is a picture, or a path to one."""
     if isinstance(item, str):
-        return item
-    file = io.BytesIO()
-    item.save(file, format="PNG")
-    return Encoded(f"picture {place}", data=file.getvalue())
+        return len(item) < 4096 and "\0" not in item and Path(item).is_file()
+    return isinstance(item, Path) or type(item).__module__.split(".")[0] == "PIL"

@@ -15,7 +15,7 @@ Given = SupportSet | Episode | tuple[Any, Any]
 """A support set; an episode, whose queries are not looked at; or inputs and labels, the latter numbers or names."""
 
 Read = Callable[[Any], Inputs]
-"""Raw items (texts, pictures, bytes of images) as the backbone reads them."""
+"""Raw items (texts, pictures) as the backbone reads them."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,6 @@ def placed(inputs: Any, like: Tensor, read: Read | None = None) -> Inputs:
     if isinstance(inputs, Mapping):
         named = cast(Mapping[str, Any], inputs)
         return {name: _moved(torch.as_tensor(value), like) for name, value in named.items()}
-    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 and inputs.dim() == 4 and len(inputs) and read:
-        return _moved(torch.as_tensor(read(inputs)), like)
     if not isinstance(inputs, Tensor) and not hasattr(inputs, "__array__"):
         items: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
         if items and hasattr(items[0], "__array__") and not hasattr(items[0], "save"):  # pictures are read
