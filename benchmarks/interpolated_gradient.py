@@ -15,7 +15,6 @@ Bars: `mixwright` at most half of `autograd`'s memory, and no slower.
 """
 
 import argparse
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator
