@@ -1,5 +1,6 @@
 """A few-shot classifier in the manner of scikit-learn: fitted on some labelled items, asked about others."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, Self
@@ -214,13 +215,12 @@ class FewShotClassifier:
         return hasattr(self, "classes_")
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-
-        return Tags(
+        known: Any = sys.modules["sklearn.utils"]  # nobody else calls this
+        return known.Tags(
             estimator_type="classifier",
-            target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(),
-            input_tags=InputTags(two_d_array=False),
+            target_tags=known.TargetTags(required=True),
+            classifier_tags=known.ClassifierTags(),
+            input_tags=known.InputTags(two_d_array=False),
         )
 
     @property
