@@ -237,12 +237,12 @@ class HybridBackbone(nn.Module, GenerationMixin):
         current = Pass(self, ids, {"attention_mask": mask, "position_ids": positions}, cache)
         slots: tuple[Slot, ...] = self.__dict__["slots"]
         for slot in slots:
-            slot.current = current
+            slot.__dict__["current"] = current  # a module's own way of setting attributes takes ten times as long
         try:
             yield current
         finally:
             for slot in slots:
-                slot.current = None
+                slot.__dict__["current"] = None
             current.close()
 
     # What `generate` asks of a model.
