@@ -146,7 +146,8 @@ def test_a_pass_draws_once_and_the_next_one_again(draw: str) -> None:
 
 def test_rows_of_their_own_draw_for_themselves() -> None:
     memory = RoutingMemory()
-    one, other = (row(0.0, 0.0, draw="gumbel")(stream(), Condition(memory=memory)).dense() for _ in range(2))
+    rows = [row(0.0, 0.0, draw="gumbel") for _ in range(2)]  # both alive: a pass knows rows by their identity
+    one, other = (each(stream(), Condition(memory=memory)).dense() for each in rows)
     assert not torch.equal(one, other)
 
 

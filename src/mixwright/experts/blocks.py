@@ -44,8 +44,9 @@ class BlockExperts(AbstractExperts):
     """One block of a hybrid, h <- sum_m alpha_m z_m, between gated residual projectors (Roberts et al. 2024).
 
     x_m = (1 - alpha_m) Win_m(h) + alpha_m trunc_m(h); y_m = layers_m(x_m); z_m = (1 - alpha_m) Wout_m(y_m) + alpha_m
-    pad(y_m). The gate is the mixture weight itself; without gradients, one affine map has it and the projector (`folded`). A component that acts alone, at weight 1, meets no projector and no
-    arithmetic, and hands over a stream of its own width; a component that does not act does not run.
+    pad(y_m). The gate is the mixture weight itself; without gradients one affine map holds it and the projector, see
+    `folded`. A component that acts alone, at weight 1, meets no projector and no arithmetic, and hands over a stream of
+    its own width; a component that does not act does not run.
     """
 
     def __init__(self, run: Run, widths: Sequence[int], projectors: Projection = "linear") -> None:
@@ -67,8 +68,7 @@ class BlockExperts(AbstractExperts):
         members = self.members(routing)
         if (only := alone(members)) is not None:
             return self.run(only, resized(x, self.widths[only]))
-        modules = self._modules
-        maps = self.folded(modules["enter"], modules["leave"], members, x)  # type: ignore[arg-type]
+        maps = self.folded(self.enter, self.leave, members, x)
         if maps is None:
             return _mixed([(alpha, self._through(m, alpha, x)) for m, alpha in members])
         h, run = resized(x, self.width), self.run

@@ -33,7 +33,7 @@ class Folded:
     """The maps of a block, made again when a weight or a projector has changed. A copy starts without any."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Members, list[Any], torch.dtype, Maps] | None = None
+        self._seen: tuple[Members, list[int], torch.dtype, Maps, list[Tensor]] | None = None
 
     def __call__(self, enter: nn.ModuleList, leave: nn.ModuleList, members: Members, x: Tensor) -> Maps | None:
         """The maps for a stream like `x`; None where there is something to learn, to watch, or to decide per token.
@@ -43,7 +43,8 @@ class Folded:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             self._seen = None
             return None
-        key: list[Any] = []
+        key: list[int] = []
+        sources: list[Tensor] = []
         for side in (enter, leave):
             for projector in side._modules.values():  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
                 if type(projector) is not Affine or projector._forward_hooks or projector._forward_pre_hooks:
@@ -51,6 +52,7 @@ class Folded:
                 for source in projector._parameters.values():  # pyright: ignore[reportPrivateUsage]
                     if source is None or source.is_inference():
                         return None
+                    sources.append(source)
                     key += (id(source), source._version, source.data_ptr())  # pyright: ignore[reportPrivateUsage]
         seen = self._seen
         if seen is not None and seen[0] is members and seen[1] == key and seen[2] is x.dtype:
@@ -59,7 +61,8 @@ class Folded:
             return None
         with torch.inference_mode(False), torch.no_grad():
             maps = _maps(enter, leave, members, x.dtype)
-        self._seen = (members, key, x.dtype, maps)
+        held = [*sources, *(source.detach() for source in sources)]  # so that nothing new comes to lie at their places
+        self._seen = (members, key, x.dtype, maps, held)
         return maps
 
     def __deepcopy__(self, memo: object) -> "Folded":
