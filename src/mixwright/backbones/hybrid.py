@@ -139,7 +139,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
             ends = [path.rpartition(".") for path in (tail, parts.head) if path is not None]
             owners = [(model.get_submodule(owner), name) for owner, _, name in ends]
             held = self._held[component] = (model, model.get_submodule(parts.layers), owners)
-        layers = held[1]._modules  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
+        layers: Any = held[1]._modules  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
         return *(layers[name] for name in self._first[component]), *(getattr(owner, name) for owner, name in held[2])
 
     def device_of(self, component: int) -> torch.device:

@@ -47,7 +47,7 @@ class Folded:
         sources: list[Tensor] = []
         for side in (enter, leave):
             for projector in side._modules.values():  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
-                if type(projector) is not Affine or projector._forward_hooks or projector._forward_pre_hooks:
+                if type(projector) is not Affine or _watched(projector):
                     return None
                 for source in projector._parameters.values():  # pyright: ignore[reportPrivateUsage]
                     if source is None or source.is_inference():
@@ -70,6 +70,10 @@ class Folded:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_seen": None}
+
+
+def _watched(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _maps(enter: nn.ModuleList, leave: nn.ModuleList, members: Members, dtype: torch.dtype) -> Maps:
