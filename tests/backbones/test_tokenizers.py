@@ -35,7 +35,8 @@ def test_the_same_tokenizer_learnt_twice_is_the_same(story: Any) -> None:
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Any) -> None:
-    tiny_backbone("gpt_neox").save_pretrained(tmp_path)
+    model: Any = tiny_backbone("gpt_neox")
+    model.save_pretrained(tmp_path)
     with pytest.raises(CatalogError, match="there is no tokenizer here"):
         load_tokenizer(tmp_path)
 
@@ -122,7 +123,7 @@ def test_a_model_goes_on_reading_in_another_vocabulary(tied: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
     own, before = per_letter(model.eval(), few), {name: value.clone() for name, value in model.state_dict().items()}
-    new = with_vocabulary(model, few, many)
+    new: Any = with_vocabulary(model, few, many)
     zero_shot = per_letter(new, many)
     tables = (new.get_output_embeddings().weight, new.get_input_embeddings().weight)  # type: ignore[operator,union-attr]
     assert (tables[0] is tables[1]) == tied
@@ -132,14 +133,15 @@ def test_a_model_goes_on_reading_in_another_vocabulary(tied: bool) -> None:
     drawn = per_letter(new, many)
     assert own < 0.7 and zero_shot < 0.8 * drawn, (own, zero_shot, drawn)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.config.vocab_size == 276
+    config: Any = model.config
+    assert config.vocab_size == 276
 
 
 def test_the_copy_says_what_it_reads_and_can_be_saved(story: Any, code: Any, tmp_path: Any) -> None:
     from mixwright.backbones.hf import load_backbone
 
-    model = tiny_backbone("gpt2", vocab_size=300)
-    new = with_vocabulary(model, story, code)
+    model: Any = tiny_backbone("gpt2", vocab_size=300)
+    new: Any = with_vocabulary(model, story, code)
     assert new.config.vocab_size == len(code) and new.config.eos_token_id == code.eos_token_id
     assert vocabulary_of(new) == fingerprint(code) and vocabulary_of(model) is None
     assert new.transformer.h[0].mlp.c_fc.weight is model.transformer.h[0].mlp.c_fc.weight

@@ -68,7 +68,18 @@ def test_a_page_from_texts_runs_and_records(place: Path) -> None:
     assert "mean of 2 runs" in page and "polygon" in page
     assert "Apache-2.0" in page and "MIT" in page and "not legal advice" in page
     assert "the best of its components" in page and "Operations per token, hybrid" in page
+    assert "Decode state at 1,024 tokens" in page and "Peak memory" in page
     assert "switched off (--no-sweep)" in page and "wrote" in result.output
+
+
+def test_a_hybrid_is_composed_by_the_verb(place: Path, tmp_path: Path) -> None:
+    both = f"backbones=[{place / 'left'}, {place / 'right'}]"
+    result = invoke("compose", "--method", "manticore", "--set", both, "--set", "num_blocks=2", "-o", tmp_path / "made")
+    assert result.exit_code == 0, result.output or result.exception
+    model: Any = mw.load(tmp_path / "made")
+    assert model.experts == ("left", "right") and model.mixture_weights.shape == (2, 2)
+    refused = invoke("compose", "--method", "manticore", "--backbone", place / "left", "-o", tmp_path / "other")
+    assert refused.exit_code != 0 and "list of two models or more" in str(refused.exception or refused.output)
 
 
 def test_json_has_every_number(place: Path) -> None:

@@ -51,6 +51,13 @@ def test_the_printed_schema_is_a_recipe_with_the_defaults() -> None:
     assert decode(PhatgooseConfig, recipe.config) == PhatgooseConfig()
 
 
+def test_a_method_of_several_models_asks_for_a_list_of_them() -> None:
+    text = run("schema", "manticore")
+    recipe = decode(Recipe, parse_yaml(text.replace("???", "x")))
+    assert [source.path for source in recipe.backbones] == ["x", "x"] and recipe.backbone is None
+    assert "backbone:" not in text
+
+
 def test_the_json_schema_holds_the_methods_own_settings() -> None:
     schema = json.loads(run("schema", "phatgoose", "--json"))
     assert schema["properties"]["config"]["properties"]["top_k"]["default"] == 2

@@ -312,6 +312,22 @@ def test_without_texts_it_says_what_it_can_and_names_the_rest(model):
     assert any("--data" in text for text in found.missing) and any("--runs" in text for text in found.missing)
 
 
+def test_what_the_model_says_of_its_cost_is_shown(model, texts, monkeypatch):
+    found = explain_hybrid(model)
+    shown, own = {what: much for what, much, _ in found.cost}, model.cost()
+    assert set(own.lines()) <= set(found.cost)
+    assert shown["Parameters in all"] == f"{own.parameters:,}" and "FLOPs per token" in shown
+    assert own.state_bytes(1024) > 0 and shown["Decode state at 1,024 tokens"].endswith("B")
+    assert "Decode state of neox" in shown and "Peak memory at 1,024 tokens" in shown
+    assert not any("memory and energy" in text or "Operations of a pass" in text for text in found.missing)
+    given = [("Whatever", "1", "")]
+    assert explain_hybrid(model, cost=given).cost == given
+    monkeypatch.setattr(type(model), "cost", None)  # a hybrid of another method, that says nothing of itself
+    silent = explain_hybrid(model)
+    assert not any("memory" in what for what, _, _ in silent.cost)
+    assert any("memory and energy" in text for text in silent.missing)
+
+
 def log(folder, stage, rows):
     (folder / stage).mkdir(parents=True)
     (folder / stage / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

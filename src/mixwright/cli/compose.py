@@ -8,7 +8,7 @@ import typer
 from mixwright.cli.output import Json, Settings, console, example, print_json
 
 if TYPE_CHECKING:
-    from mixwright.recipe import Recipe
+    from mixwright.recipe import BackboneConfig, Recipe
 
 _EXAMPLE = (
     "mixwright compose --method phatgoose --backbone my-backbone --catalog my-catalog --output composed",
@@ -44,7 +44,7 @@ def compose(
     if plan.output_dir is None:
         raise ValueError("say where the composition goes: --output FOLDER, or output_dir in the recipe.")
     folder = Path(plan.output_dir)
-    model = build(plan.method, backbone=_backbone(plan), catalog=plan.catalog, **plan.config)
+    model = build(plan.method, **_models(plan), catalog=plan.catalog, **plan.config)
     model.save_pretrained(folder)
     facts: dict[str, Any] = {
         "folder": str(folder),
@@ -91,20 +91,33 @@ def _plan(recipe: Path | None, given: dict[str, Any], settings: list[str]) -> "R
 
 
 def _needed(method: str) -> tuple[str, ...]:
-    """What a composition is made of: a method that trains whole compositions has experts of its own, no catalogue's."""
+    """What a composition is made of: a method that trains whole compositions has experts of its own, no catalogue's.
+
+    Several models have no option of their own: a recipe names them, or `--set backbones=[...]`.
+    """
     from mixwright.methods.base import load
 
+    if load(method).backbones == "several":
+        return ()
     return ("backbone",) if load(method).trains == "composition" else ("backbone", "catalog")
 
 
-def _backbone(plan: "Recipe") -> Any:
+def _models(plan: "Recipe") -> dict[str, Any]:
+    """The model that a method composes, or its several models, as `mixwright.compose` takes them."""
+    from mixwright.methods.base import load
+
+    wanted = load(plan.method).backbones
+    loaded = [_loaded(source) for source in plan.sources(wanted)]
+    return {"backbones": loaded} if wanted == "several" else {"backbone": loaded[0]}
+
+
+def _loaded(source: "BackboneConfig") -> Any:
     from mixwright.backbones.hf import load_backbone
 
-    wanted = plan.backbone
     return load_backbone(
-        wanted.path,
-        revision=wanted.revision,
-        dtype=wanted.dtype,
-        kind=wanted.kind,
-        device_map=wanted.device_map,
+        source.path,
+        revision=source.revision,
+        dtype=source.dtype,
+        kind=source.kind,
+        device_map=source.device_map,
     )

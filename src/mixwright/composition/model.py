@@ -257,6 +257,10 @@ class ComposedModel(nn.Module):
         """What `save_pretrained` writes, so that it may be trained."""
         return list(self.added_state().values())
 
+    def cost_text(self) -> str:
+        """What it costs to run, in lines for people who are about to train it; empty where the backbone is all."""
+        return ""
+
     def num_added_parameters(self) -> int:
         """Numbers in the added state: factors, gates, scales, masks."""
         return sum(tensor.numel() for tensor in self.added_state().values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixwright.composition.model import ComposedModel
 from mixwright.evaluation.explain import described
 from mixwright.evaluation.hybrid_boundaries import Boundary, boundaries
-from mixwright.evaluation.hybrid_cost import cost_lines
+from mixwright.evaluation.hybrid_cost import cost_lines, offered
 from mixwright.evaluation.hybrid_counterfactuals import (
     HYBRID,
     Counterfactual,
@@ -119,9 +119,10 @@ def explain_hybrid(
     """Measure what can be measured with what is given: texts for losses, folders of runs for trajectories.
 
     `sweeps`: also the loss around the choice, and its curvature: the longest part. `cost` (what, how much, remark)
-    stands in place of what is counted here. `licences` are shown as they are given; so are `verdicts`, comparisons that
-    were made elsewhere, at equal tokens or FLOPs, as `Verdict.as_json` writes them. The model is left as it was. Raises
-    ValueError for a model whose experts are not parts of whole models, and what `trajectories` raises.
+    stands in place of what is counted here and of what the model says of itself. `licences` are shown as they are
+    given; so are `verdicts`, comparisons that were made elsewhere, at equal tokens or FLOPs, as `Verdict.as_json`
+    writes them. The model is left as it was. Raises ValueError for a model whose experts are not parts of whole models,
+    and what `trajectories` raises.
     """
     if not mixes_models(model):
         raise ValueError("this model is no hybrid of whole models, whose experts are embeddings, runs and heads.")
@@ -266,9 +267,12 @@ def _missing(
         said.append("The ground around the choice: sweeps were switched off (--no-sweep).")
     if any(row.spread is not None for row in rows):
         said.append("Sweeps of the router itself: a forced weight is the same for all tokens, the hybrid's is not.")
-    if documents is None:
-        said.append("Operations of a pass: they are counted on texts, and none were given.")
-    said.append("Time, memory and energy: nothing was timed here, and operations are no time.")
+    if offered(model) is not None:
+        said.append("Time and energy: nothing was timed here, and operations are no time. Peak memory is an estimate.")
+    else:
+        if documents is None:
+            said.append("Operations of a pass: they are counted on texts, and none were given.")
+        said.append("Time, memory and energy: nothing was timed here, and operations are no time.")
     if not licences:
         said.append("Licences: no ledger was at hand.")
     return said

@@ -6,7 +6,7 @@ component's states no longer resemble its own, is where projectors have failed o
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
+from mixwright.composition.listening import Hear, listening
 from mixwright.composition.model import ComposedModel
 from mixwright.data.collate import Batch
 from mixwright.evaluation.hybrid_documents import Documents
@@ -152,16 +153,9 @@ class _Heard:
 def _listening(model: ComposedModel, slots: Sequence[str]) -> Generator[_Heard]:
     """Hear what the slots' experts let run, and what the mixtures make of it."""
     heard = _Heard()
-    runs: dict[str, Any] = {}
-    hooks: list[Any] = []
 
-    def listened(slot: str, run: Any) -> Any:
-        def heard_run(component: int, hidden: Tensor | None = None) -> Tensor:
-            out = run(component, hidden)
-            heard.ran.setdefault(slot, {})[component] = (hidden, out)
-            return out
-
-        return heard_run
+    def hear(slot: str) -> Hear:
+        return lambda component, hidden, out: heard.ran.setdefault(slot, {}).update({component: (hidden, out)})
 
     def note(slot: str) -> Any:
         def hook(mixture: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -172,15 +166,8 @@ def _listening(model: ComposedModel, slots: Sequence[str]) -> Generator[_Heard]:
 
         return hook
 
-    try:
+    with ExitStack() as stack:
         for slot in slots:
-            experts: Any = model.mixtures[slot].experts
-            runs[slot], experts.run = experts.run, listened(slot, experts.run)
-            hooks.append(model.mixtures[slot].register_forward_hook(note(slot)))
+            stack.enter_context(listening(model.mixtures[slot], hear(slot)))
+            stack.callback(model.mixtures[slot].register_forward_hook(note(slot)).remove)
         yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for slot, run in runs.items():
-            experts = model.mixtures[slot].experts
-            experts.run = run

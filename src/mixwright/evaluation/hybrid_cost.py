@@ -1,5 +1,6 @@
 """What a hybrid costs beside its components: numbers that are held, and operations of one pass, counted as it runs."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,10 @@ _TOKENS = 128
 
 
 def cost_lines(model: ComposedModel, rows: list[Row], documents: Documents | None) -> list[tuple[str, str, str]]:
-    """What, how much, remark. Operations are counted on one row of the texts, where there are texts."""
+    """What, how much, remark. Operations are counted on one row of the texts, where there are texts.
+
+    What a model says of its own cost (`offered`) comes after what is counted here.
+    """
     backbone: Any = model.backbone
     sizes = {name: _held(component) for name, component in zip(model.experts, backbone.components, strict=True)}
     live = [name for m, name in enumerate(model.experts) if any(row.weights[m] > 0 for row in rows)]
@@ -31,7 +35,14 @@ def cost_lines(model: ComposedModel, rows: list[Row], documents: Documents | Non
             f"{', '.join(live)}; whole models, unused layers included",
         ),
     ]
-    return lines if documents is None else [*lines, *_operations(model, documents, live)]
+    lines += [] if documents is None else _operations(model, documents, live)
+    own = offered(model)
+    return lines if own is None else [*lines, *own().lines()]
+
+
+def offered(model: ComposedModel) -> Callable[[], Any] | None:
+    """The model's `cost`, if it has one: what it returns has `lines`, (what, how much, remark)."""
+    return getattr(model, "cost", None)
 
 
 def _held(component: Any) -> int:

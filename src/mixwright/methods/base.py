@@ -68,6 +68,13 @@ class Method:
         """What is trained, in order: `stages` of the folder's `recipe.py`."""
         return self._part("recipe", "trains nothing").stages(config)
 
+    def presets(self) -> Mapping[str, Mapping[str, Any]]:
+        """Parts of recipes to begin with, by name: `RECIPES` of the folder's `presets.py`, if there is such."""
+        try:
+            return getattr(self._part("presets", "has no presets"), "RECIPES", {})
+        except NotImplementedError:
+            return {}
+
     def _part(self, name: str, lacking: str) -> Any:
         """A file of the folder that the method's config stands in, imported when it is needed."""
         folder = self.config.__module__.rpartition(".")[0]

@@ -111,7 +111,7 @@ def plan(job: Job, stage: Stage, model: nn.Module, data: Batches) -> StagePlan:
         examples_per_step=train.batch_size * train.accumulate * process_state().num_processes,
         memory=estimate_bytes(model, stage, data),
         seconds_per_step=_timed(job, stage, model, data),
-        cost=_cost_of(model),
+        cost=model.cost_text() if isinstance(model, ComposedModel) else "",
     )
 
 
@@ -121,11 +121,6 @@ def _timed(job: Job, stage: Stage, model: nn.Module, data: Batches) -> float | N
     if not stage.groups:
         return None
     return seconds_per_step(model, stage, data, job.recipe.train.accumulate)
-
-
-def _cost_of(model: nn.Module) -> str:
-    counted: Any = getattr(type(model), "cost", None)
-    return str(counted(model).text()) if callable(counted) else ""
 
 
 def stage_record(stage: Stage, fitted: Fitted) -> dict[str, Any]:

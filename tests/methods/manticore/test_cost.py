@@ -1,5 +1,6 @@
 """What a hybrid costs is counted, and what is counted agrees with formulas and with what runs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from mixwright.backbones.tiny import tiny_backbone
 from mixwright.composition.inputs import example_inputs
 from mixwright.evaluation.decode_state import decode_state
 from mixwright.evaluation.operations import counted
+from mixwright.evaluation.verdict import EQUAL_FLOPS, EQUAL_TOKENS
+from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.controls import AS_IT_CAME, budgets, size_of
 from mixwright.methods.manticore.cost import cost, flops_by_slot, projector_parameters
 from mixwright.methods.manticore.model import HybridModel
 
@@ -69,6 +73,33 @@ def test_what_does_not_act_costs_nothing_to_run(model: HybridModel) -> None:
     assert "mamba2: " in one.text()
     assert "acts nowhere" in one.text()
     assert one.plain()["components"]["mamba2"]["acts"] is False
+
+
+def test_a_path_of_layers_costs_what_is_left_of_it(model: HybridModel) -> None:
+    """Pruned, a discretised hybrid computes what acts in it, and no more."""
+    soft = cost(model)
+    assert soft.pruned_flops == soft.flops_per_token
+    model.mixture_weights = ((1.0, 0.0), (0.0, 1.0))
+    path = cost(model)
+    assert path.pruned_flops < path.flops_per_token < soft.flops_per_token
+    small = model.pruned()
+    with counted({}) as seen:
+        small(input_ids=torch.zeros(1, 64, dtype=torch.long))
+    computed = (seen.products.total() + seen.elementwise.total()) / 64
+    assert path.pruned_flops == pytest.approx(computed, rel=0.02)
+    assert cost(small).flops_per_token == pytest.approx(path.pruned_flops, rel=0.02)
+
+
+def test_equal_flops_are_steps_of_what_each_computes(model: HybridModel) -> None:
+    config = ManticoreConfig(tune_steps=300, discretise_steps=100, controls="flops")
+    alone, hybrid = (size_of(part, 64) for part in (model.components[0], model))
+    found = cost(model)
+    assert hybrid.run_flops == found.flops_per_token and hybrid.flops == found.pruned_flops
+    assert alone.flops == alone.run_flops == sum(found.components[0].flops.values())
+    steps = budgets(config, 400 * hybrid.run_flops, alone.flops)
+    assert steps == {AS_IT_CAME: 0, EQUAL_TOKENS: 400, EQUAL_FLOPS: round(400 * hybrid.run_flops / alone.flops)}
+    assert steps[EQUAL_FLOPS] > 800  # a Mamba-2 of the same depth, without kernels, computes more than the NeoX
+    assert budgets(replace(config, controls="none"), 1.0, 1.0) == {AS_IT_CAME: 0}
 
 
 def test_flops_by_block_split_a_component(model: HybridModel) -> None:

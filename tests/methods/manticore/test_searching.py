@@ -7,11 +7,21 @@ import pytest
 import torch
 
 import mixwright.training.update as updating
+from mixwright.backbones.tiny import tiny_backbone
+from mixwright.methods.manticore.cost import flops_by_slot
 from mixwright.methods.manticore.model import HybridModel, compose
 from mixwright.methods.manticore.parameters import live_components, live_projectors
 from mixwright.methods.manticore.recipe import stages
 from mixwright.methods.manticore.search_stage import Search, refuse_overlap
-from mixwright.methods.manticore.searching import CostAware, asked_for, begin_search, end_search, rows, search_groups
+from mixwright.methods.manticore.searching import (
+    CostAware,
+    asked_for,
+    begin_search,
+    end_search,
+    rows,
+    search_groups,
+    search_objective,
+)
 from mixwright.training.fit import fit
 from mixwright.training.objectives import supervised
 from mixwright.training.stage import Stage, select_parameters
@@ -155,24 +165,55 @@ def test_frozen_components_leave_projectors_alone_to_learn(pair: list[Any]) -> N
         search_groups(model, config_of(train_components=False))
 
 
-def test_cost_is_the_share_of_layers_that_the_weights_ask_for(pair: list[Any], tmp_path: Path) -> None:
-    model = hybrid(pair)
-    counts = [
-        sum(p.numel() for p in layers[0].parameters()) for layers in (pair[0].gpt_neox.layers, pair[1].backbone.layers)
-    ]
+def test_cost_is_the_share_of_operations_that_the_weights_ask_for(pair: list[Any], tmp_path: Path) -> None:
+    model, config = hybrid(pair), config_of(num_blocks=2, cost=0.5)
+    flops = flops_by_slot(model, 16).blocks()
+    aware: Any = search_objective(config, model, 16)
+    assert torch.equal(aware.flops, flops) and search_objective(config_of(num_blocks=2), model) is supervised
+    sums = flops.sum(0)
     for weights in ([[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2, [[0.25, 0.75]] * 2):
         model.mixture_weights = weights
-        mean = weights[0][0] * counts[0] + weights[0][1] * counts[1]
-        assert float(asked_for(model).detach()) == pytest.approx(mean / max(counts), rel=1e-5)
+        share = float((sums * torch.tensor(weights[0])).sum() / sums.sum())
+        assert float(asked_for(model, flops).detach()) == pytest.approx(share, rel=1e-5)
     model.mixture_weights = [[0.5, 0.5]] * 2
     model.row("blocks.0").logits.requires_grad_(True)
-    asked_for(model).backward()
+    asked_for(model, flops).backward()
     gradient = model.row("blocks.0").logits.grad
-    assert gradient is not None and gradient.argmax() == counts.index(max(counts))  # descent leaves the dearer one
+    assert gradient is not None and gradient.argmax() == flops[0].argmax()  # descent leaves the dearer one
     batch = job_in(tmp_path).data.batch(0)  # type: ignore[union-attr]
     model.train()
     with torch.no_grad():
-        surplus = CostAware(0.5)(model, batch) - supervised(model, batch)
-        assert float(surplus) == pytest.approx(0.5 * batch.weight * float(asked_for(model)), rel=1e-3)
+        surplus = aware(model, batch) - supervised(model, batch)
+        assert float(surplus) == pytest.approx(0.5 * batch.weight * float(asked_for(model, flops)), rel=1e-3)
     model.eval()
-    assert torch.equal(CostAware(0.5)(model, batch), supervised(model, batch))
+    assert torch.equal(aware(model, batch), supervised(model, batch))
+
+
+def test_operations_count_and_not_parameters() -> None:
+    """What lies in a layer and computes nothing costs nothing; attention costs more the longer the text."""
+    alike: list[Any] = [tiny_backbone("gpt_neox", max_position_embeddings=64) for _ in range(2)]
+    alike[0].gpt_neox.layers[0].spare = torch.nn.Linear(64, 64)
+    model, config = compose(config_of(cost=1.0), alike), config_of(cost=1.0)
+    longest, short = (search_objective(config, model, tokens) for tokens in (4096, 16))
+    assert isinstance(longest, CostAware) and isinstance(short, CostAware)
+    assert longest.flops[0, 0] == longest.flops[0, 1]
+    assert torch.equal(longest.flops, flops_by_slot(model, 64).blocks())  # no component reads more
+    assert (short.flops < longest.flops).all()
+
+
+def test_a_falling_temperature_drives_weights_apart(tmp_path: Path) -> None:
+    """The same search with it ends nearer to one component per block, and stays at the temperature it ended with."""
+    found: dict[float, torch.Tensor] = {}
+    for end in (1.0, 0.05):
+        config = config_of(search="gaea", temperature_end=end)
+        model = compose(config, tiny_pair())
+        begin_search(model, config)
+        stage = search_stage(model, search="gaea", num_blocks=1, search_steps=6, temperature_end=end)
+        job = job_in(tmp_path)
+        assert job.data is not None
+        fit(model, stage, job.data, config=job.recipe.train, seed=0)
+        end_search(model)
+        found[end] = torch.stack([row.weights().detach() for row in rows(model)])
+        assert all(float(row.temperature) == pytest.approx(end) for row in rows(model))
+        assert {row.anneal for row in rows(model)} == {None}
+    assert (found[0.05].amax(-1) > found[1.0].amax(-1)).all()

@@ -129,6 +129,9 @@ def test_evaluate_names_a_verdict_a_fallback_and_what_was_compared(whole: Path) 
     assert found["fallback"] == min(alone, key=lambda name: alone[name])
     assert found["hand_over"] == ("hybrid" if found["verdict"]["verdict"] == "better" else found["fallback"])
     assert systems["hybrid"]["parameters"] < systems["soft hybrid"]["parameters"]
+    assert systems["hybrid"]["flops_per_token"] < systems["soft hybrid"]["flops_per_token"]
+    alone = [systems[f"{name} (equal tokens)"]["flops_per_token"] for name in NAMES]
+    assert systems["logit ensemble"]["flops_per_token"] <= sum(alone) < systems["soft hybrid"]["flops_per_token"]
     rivals = {one["rival"] for one in found["verdicts"]}
     assert {"logit ensemble", "soft hybrid", found["fallback"]} <= rivals
 
@@ -141,7 +144,7 @@ def test_a_failed_gate_stops_where_it_is_told_to(tmp_path: Path) -> None:
             train(hard, **options)
     assert not (tmp_path / "run" / "align").exists()
     gates = {gate["name"]: gate["passed"] for gate in record(tmp_path, "inspect")["gates"]}
-    assert gates == {"licences": True, "context": False, "identity": True}
+    assert gates == {"licences": True, "tokenizers": True, "context": False, "identity": True}
     assert findings(tmp_path, "inspect")["cost"]["flops_per_token"] > 0
 
 

@@ -22,7 +22,8 @@ def tokenizer(size: int) -> Any:
 
 
 def folder(place: Path, family: str, size: int, rows: int) -> nn.Module:
-    tiny_backbone(family, vocab_size=rows).save_pretrained(place)
+    model: Any = tiny_backbone(family, vocab_size=rows)
+    model.save_pretrained(place)
     tokenizer(size).save_pretrained(place)
     return load_backbone(place)
 
@@ -75,8 +76,23 @@ def test_models_in_memory_are_compared_by_size_or_by_tokenizers_that_are_given()
         compose(ManticoreConfig(), models, tokenizers=given)
     assert compose(ManticoreConfig(shared_vocabulary=True), models, tokenizers=given).backbone.vocab_size == 280
     far = [models[0], tiny_backbone("mamba2", vocab_size=600)]
-    with pytest.raises(IncompatibleExpert, match="600 rows of its embedding against 280"):
+    with pytest.raises(IncompatibleExpert, match="600 rows of its embedding against 280") as caught:
         compose(ManticoreConfig(), far)
+    assert "tokenizers=[...]" in caught.value.message and "vocab_size" in caught.value.message
+    assert compose(ManticoreConfig(vocab_size=264), far).backbone.vocab_size == 264  # said to be shared
+    with pytest.raises(IncompatibleExpert, match="600 rows"):
+        compose(ManticoreConfig(vocab_size=300), far)  # more than one of them has
+
+
+@pytest.mark.parametrize(("rows", "taken"), [((64, 900), False), ((300, 428), True), ((300, 429), False)])
+def test_rows_that_padding_explains_are_taken(rows: tuple[int, int], taken: bool) -> None:
+    models = [tiny_backbone(family, vocab_size=size) for family, size in zip(("gpt_neox", "mamba2"), rows)]
+    for order in (models, models[::-1]):
+        if taken:
+            assert compose(ManticoreConfig(), order).backbone.vocab_size == min(rows)
+        else:
+            with pytest.raises(IncompatibleExpert, match="more than padding explains"):
+                compose(ManticoreConfig(), order)
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:

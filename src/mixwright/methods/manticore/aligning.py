@@ -39,10 +39,14 @@ class Align:
             name="align",
             steps=config.align_steps,
             build=self._build,
-            choose_groups=lambda model: align_groups(model, config, new_tables(model)),
+            choose_groups=self._groups,
             prepare=self._prepare,
             examine=self._examine,
         )
+
+    def _groups(self, model: nn.Module) -> tuple[ParamGroup, ...]:
+        assert isinstance(model, HybridModel)
+        return align_groups(model, self.config, new_tables(model))
 
     def _build(self, backbone: nn.Module, seed: int, before: ComposedModel | None) -> HybridModel:
         self.is_fresh = before is None

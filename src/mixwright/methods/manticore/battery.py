@@ -35,7 +35,9 @@ class Bench:
     def __post_init__(self) -> None:
         rows = self.component.get_output_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
         partner = tiny_backbone("gpt_neox", vocab_size=int(rows), seed=1)
-        config = ManticoreConfig(num_blocks=NUM_BLOCKS, projectors="identity", names=("family", "partner"))
+        config = ManticoreConfig(
+            num_blocks=NUM_BLOCKS, projectors="identity", names=("family", "partner"), vocab_size=int(rows)
+        )
         self.hybrid = compose(config, [self.component, partner]).eval()
         self.hybrid.requires_grad_(True)
         self.hybrid.backbone.generation_config.eos_token_id = None
@@ -101,7 +103,7 @@ def generate(bench: Bench) -> str | None:
     model, prompt = bench.hybrid, bench.ids[:, :6]
     cached = model.backbone.uncached() is None
     ways: Mapping[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}}
-    common = {"max_new_tokens": 4, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    common: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     for way, options in ways.items():
         found: list[Tensor] = []
         for use_cache in (False, cached):
@@ -142,7 +144,11 @@ def checkpointing(bench: Bench) -> str | None:
     layer = bench.component.get_submodule(f"{parts.layers}.0")
     runs: list[int] = []
     inside = [module for module in layer.modules() if module is not layer]
-    hooks = [module.register_forward_pre_hook(lambda *_: runs.append(1)) for module in inside]
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        runs.append(1)
+
+    hooks = [module.register_forward_pre_hook(count) for module in inside]
     bench.hybrid.train()
     try:
         plain = _gradients(bench)

@@ -6,8 +6,7 @@ then a function of the tokens alone, and only z_m = (1 - alpha) Wout(y_m) + alph
 are left to compute. With the input projectors in training (the paper's form), or with two blocks, this does not hold.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from mixwright.composition.eval_mode import eval_mode
+from mixwright.composition.listening import listening
 from mixwright.data.batches import Batches
 from mixwright.data.collate import IGNORED, Batch
 from mixwright.experts.blocks import BlockExperts
@@ -118,24 +118,9 @@ class CachedAlign:
 def boundary_activations(model: HybridModel, inputs: Mapping[str, Any]) -> dict[int, Float[Tensor, "batch seq width"]]:
     """What each component that acts hands over at the end of the one block."""
     said: dict[int, Tensor] = {}
-    with eval_mode(model), _listening(cast(BlockExperts, model.mixtures[BLOCK].experts), said):
+    with eval_mode(model), listening(model.mixtures[BLOCK], lambda component, _, out: said.update({component: out})):
         model(**inputs, use_cache=False)
     return said
-
-
-@contextmanager
-def _listening(experts: BlockExperts, said: dict[int, Tensor]) -> Generator[None]:
-    run: Callable[[int, Tensor | None], Tensor] = experts.run
-
-    def heard(component: int, hidden: Tensor | None) -> Tensor:
-        said[component] = run(component, hidden)
-        return said[component]
-
-    experts.run = heard
-    try:
-        yield
-    finally:
-        experts.run = run
 
 
 class Store:

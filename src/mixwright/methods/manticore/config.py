@@ -81,7 +81,8 @@ class ManticoreConfig:
     temperature_end: Rate = 1.0
     """Temperature of the mixture weights' softmax at the end of the search, from 1: below 1 it drives them apart."""
     cost: Share = 0.0
-    """lambda: what the share of the FLOPs that the mixture weights ask for adds to the search's loss. Ours."""
+    """lambda: what the share of all components' FLOPs that the mixture weights ask for adds to the search's loss.
+    Ours."""
     tune_steps: Steps = 1000
     """Optimiser steps of stage *tune*; 0 leaves it out."""
     rewind: bool = True

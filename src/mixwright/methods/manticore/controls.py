@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixwright.composition.eval_mode import eval_mode
 from mixwright.evaluation.hybrid_documents import Documents, losses
+from mixwright.evaluation.operations import counted
 from mixwright.evaluation.verdict import EQUAL_FLOPS, EQUAL_TOKENS
 from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.cost import cost
 from mixwright.methods.manticore.model import HybridModel
 from mixwright.methods.manticore.parameters import live_components, live_projectors
 from mixwright.training.fit import fit
@@ -23,24 +27,50 @@ _PARTS = 10
 
 
 def controls(
-    job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module]
+    job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module], spent: float, tokens: int
 ) -> Iterator[tuple[int, str, nn.Module]]:
-    """Components to compare with, one after another: (number, budget, model). Each is the caller's to let go."""
+    """Components to compare with, one after another: (number, budget, model). Each is the caller's to let go.
+
+    `spent`: what the hybrid was trained for, in steps times FLOPs per token, counted over texts of `tokens` tokens.
+    """
     for number, component in enumerate(pretrained):
-        for budget, steps in budgets(config, pretrained, number).items():
+        own = size_of(component, tokens).flops
+        for budget, steps in budgets(config, spent, own).items():
             yield number, budget, component if steps == 0 else tuned(component, job, config, steps)
 
 
-def budgets(config: ManticoreConfig, pretrained: Sequence[nn.Module], number: int) -> dict[str, int]:
+def budgets(config: ManticoreConfig, spent: float, own: float) -> dict[str, int]:
     """The steps that a component is trained for, by the name of the budget.
 
-    Equal FLOPs: the hybrid's steps times what one costs it, over what one costs the component; parameters that act
-    stand for FLOPs.
+    Equal FLOPs: what the hybrid was trained for (`spent`) over what a step costs the component (`own`, per token). Both
+    are counted in forwards; a backward costs about twice as much on either side, but less for a hybrid whose components
+    are frozen, so that the component then has more than its share.
     """
-    own, whole = acting_parameters(pretrained[number]), sum(acting_parameters(one) for one in pretrained)
     steps = config.tune_steps + config.discretise_steps
     tokens = {AS_IT_CAME: 0} if config.controls == "none" or not steps else {AS_IT_CAME: 0, EQUAL_TOKENS: steps}
-    return {**tokens, EQUAL_FLOPS: round(steps * whole / own)} if config.controls == "flops" and steps else tokens
+    return {**tokens, EQUAL_FLOPS: round(spent / own)} if config.controls == "flops" and steps else tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a token costs. `parameters` that it meets; `flops` of what acts; `run_flops` of what is run in training,
+    layers among them that stand before others of their component and act nowhere."""
+
+    parameters: int
+    flops: float
+    run_flops: float
+
+
+def size_of(model: nn.Module, tokens: int) -> Size:
+    """Of a hybrid as it stands, or of a model alone; operations are counted over a text of so many tokens."""
+    if isinstance(model, HybridModel):
+        found = cost(model, tokens)
+        return Size(parameters=acting_parameters(model), flops=found.pruned_flops, run_flops=found.flops_per_token)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
+    with eval_mode(model), counted({}) as seen:
+        model(input_ids=ids)
+    flops = (seen.products.total() + seen.elementwise.total()) / tokens
+    return Size(parameters=acting_parameters(model), flops=flops, run_flops=flops)
 
 
 def tuned(component: nn.Module, job: Job, config: ManticoreConfig, steps: int) -> nn.Module:

@@ -18,19 +18,27 @@ from mixwright.evaluation.operations import counted
 from mixwright.methods.manticore.model import EMBEDDING, HEAD, HybridModel, slots_of
 
 TOKENS = 64
+MOST_TOKENS = 512
+"""Where operations are compared, they are counted over texts of the data's length, but of no more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentCost:
-    """One component. `flops`: per token, by slot. `working`: bytes alive at once in its pass over `tokens` tokens."""
+    """One component. `flops`: per token, by slot; `acts_at`: the slots where it acts. `working`: bytes alive at once in
+    its pass over `tokens` tokens."""
 
     name: str
-    acts: bool
+    acts_at: tuple[str, ...]
     parameters: int
     weight_bytes: int
     flops: dict[str, float]
     state: tuple[LayerState, ...]
     working: int
+
+    @property
+    def acts(self) -> bool:
+        """Whether it acts anywhere."""
+        return bool(self.acts_at)
 
     def state_bytes(self, tokens: int) -> int:
         """Of its cache, for one text of so many tokens."""
@@ -58,6 +66,11 @@ class Cost:
     def flops_per_token(self) -> float:
         """Of one forward, by token: every component that acts, and the projectors where several do."""
         return self.projector_flops + sum(sum(part.flops.values()) for part in self._acting())
+
+    @property
+    def pruned_flops(self) -> float:
+        """Of one forward, by token, without the layers that act nowhere: what `HybridModel.pruned` leaves."""
+        return self.projector_flops + sum(part.flops[slot] for part in self._acting() for slot in part.acts_at)
 
     @property
     def dearest(self) -> ComponentCost:
@@ -115,6 +128,22 @@ class Cost:
             )
         return "\n".join(lines)
 
+    def lines(self, tokens: int = 1024) -> list[tuple[str, str, str]]:
+        """What, how much, remark: for pages."""
+        estimate = "an estimate: weights, what decoding keeps, and what passes of components by themselves hold"
+        kept = f"what decoding keeps of a text: all caches and states, after {tokens:,} tokens"
+        counted = f"{self.dearest.name} alone: {_scaled(sum(self.dearest.flops.values()), '')}"
+        return [
+            ("Parameters in all", f"{self.parameters:,}", f"{self.projector_parameters:,} of them in projectors"),
+            ("FLOPs per token", _scaled(self.flops_per_token, ""), f"counted over {self.tokens} tokens; {counted}"),
+            (f"Peak memory at {tokens:,} tokens", _scaled(self.peak_bytes(tokens), "B"), estimate),
+            (f"Decode state at {tokens:,} tokens", _scaled(self.state_bytes(tokens), "B"), kept),
+            *(
+                (f"Decode state of {part.name}", _scaled(part.state_bytes(tokens), "B"), _grows(part))
+                for part in self._acting()
+            ),
+        ]
+
     def _acting(self) -> Iterator[ComponentCost]:
         return (part for part in self.components if part.acts)
 
@@ -129,7 +158,7 @@ def cost(model: HybridModel, tokens: int = TOKENS) -> Cost:
         parts.append(
             ComponentCost(
                 name=name,
-                acts=bool(model.acts_at(name)),
+                acts_at=tuple(model.acts_at(name)),
                 parameters=sum(p.numel() for p in component.parameters()),
                 weight_bytes=sum(p.numel() * p.element_size() for p in component.parameters()),
                 flops=flops,
@@ -175,6 +204,12 @@ def flops_by_slot(model: HybridModel, tokens: int = TOKENS) -> Counted:
     return Counted(tuple(zip(*columns, strict=True)), tuple(working))
 
 
+def counting_length(model: HybridModel, tokens: int) -> int:
+    """The length of the texts over which operations are compared: the data's, if the components read so much."""
+    limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    return min(tokens, MOST_TOKENS, limit or MOST_TOKENS)
+
+
 def _counted(model: HybridModel, at: int, component: nn.Module, tokens: int) -> tuple[dict[str, float], int]:
     hybrid, parts = model.backbone, model.backbone.parts[at]
     sections: dict[nn.Module, str] = {component.get_submodule(parts.head): HEAD}
@@ -203,6 +238,11 @@ def projector_parameters(widths: Sequence[int], num_blocks: int) -> int:
     """K sum_m (2 D d_m + D + d_m): the numbers of linear projectors with biases."""
     wide = max(widths)
     return num_blocks * sum(2 * wide * width + wide + width for width in widths)
+
+
+def _grows(part: ComponentCost) -> str:
+    growing, fixed = sum(one.per_token for one in part.state), sum(one.constant for one in part.state)
+    return f"{growing:,} bytes with every token, and {fixed:,} besides"
 
 
 def _scaled(value: float, unit: str) -> str:

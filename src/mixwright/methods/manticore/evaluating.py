@@ -6,7 +6,7 @@ hybrid was, so that nothing is won by training alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -20,13 +20,16 @@ from mixwright.methods.manticore.config import ManticoreConfig
 from mixwright.methods.manticore.controls import (
     AS_IT_CAME,
     PlainEnsemble,
-    acting_parameters,
+    Size,
     best_ensemble,
     budgets,
     controls,
+    size_of,
 )
+from mixwright.methods.manticore.cost import counting_length
 from mixwright.methods.manticore.gates import at_most
 from mixwright.methods.manticore.model import HybridModel
+from mixwright.methods.manticore.vocabularies import of_one_vocabulary
 from mixwright.recipe import Source
 from mixwright.training.gates import Findings, Gate
 from mixwright.training.job import Job
@@ -39,13 +42,13 @@ HYBRID, SOFT, ENSEMBLE = "hybrid", "soft hybrid", "logit ensemble"
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What was measured: sums of nats by document of each part, and numbers that every token costs."""
+    """What was measured: sums of nats by document of each part, and what every token costs."""
 
     name: str
     kind: str
     """hybrid, component or ensemble."""
     budget: str
-    parameters: int
+    size: Size
     sums: Mapping[str, Float[Tensor, " documents"]]
 
 
@@ -70,11 +73,11 @@ class Exam:
         """Nats per token of a system."""
         return per_token(self.systems[name].sums[part], self.parts[part].tokens.sum(-1))
 
-    def add(self, name: str, kind: str, budget: str, parameters: int, speaker: nn.Module) -> None:
+    def add(self, name: str, kind: str, budget: str, size: Size, speaker: nn.Module) -> None:
         """Measure a system on every part."""
         with eval_mode(speaker):
             sums = {part: losses(speaker, documents).sum(-1) for part, documents in self.parts.items()}
-        self.systems[name] = System(name=name, kind=kind, budget=budget, parameters=parameters, sums=sums)
+        self.systems[name] = System(name=name, kind=kind, budget=budget, size=size, sums=sums)
 
     def best(self, kind: str, budget: str | None = None) -> str:
         """The system of a kind that is best on the choosing part."""
@@ -94,7 +97,8 @@ class Exam:
                 "system": one.name,
                 "kind": one.kind,
                 "budget": one.budget,
-                "parameters": one.parameters,
+                "parameters": one.size.parameters,
+                "flops_per_token": one.size.flops,
                 "loss": {part: self.loss(one.name, part) for part in self.parts},
             }
             for one in self.systems.values()
@@ -121,16 +125,37 @@ def open_exam(job: Job) -> Exam:
 def evaluate(model: HybridModel, job: Job, config: ManticoreConfig, quiet: bool) -> Findings:
     """Every system on every part, the verdicts, and what to hand over."""
     exam = open_exam(job)
-    pretrained = list(_modules(job))
-    runs = len(list(_names(config, model, pretrained))) + 2 + bool(config.discretise_steps)
+    pretrained, tables = _rivals(model, job, config)
+    runs = len(budgets(config, 1.0, 1.0)) * len(pretrained) + 2 + bool(config.discretise_steps)
+    tokens = counting_length(model, job.recipe.data.max_length)
     with reporting("evaluate", runs, 0, quiet=quiet) as report:
-        exam.add(HYBRID, "hybrid", "", acting_parameters(model), model)
+        exam.add(HYBRID, "hybrid", "", size_of(model, tokens), model)
         report.step(1, None)
         if config.discretise_steps and has_left(job, "tune"):
-            _add_soft(exam, job)
+            _add_soft(exam, job, tokens)
             report.step(len(exam.systems), None)
-        weights = _add_others(exam, model, job, config, pretrained, report)
-    return _findings(exam, model, config, weights)
+        weights = _add_others(exam, model, job, config, pretrained, _spent(exam, config), tokens, report)
+    found = _findings(exam, model, config, weights)
+    said = tuple(f"{name} is compared {how}." for name, how in tables.items())
+    return replace(found, record={**found.record, "tables": tables}, sentences=(*said, *found.sentences))
+
+
+def _rivals(model: HybridModel, job: Job, config: ManticoreConfig) -> tuple[Sequence[nn.Module], dict[str, str]]:
+    """The components to compare with, all of the vocabulary that the texts are read in, and of each that came with
+    another one where its new embedding and head are from."""
+    pretrained = _modules(job)
+    if not config.shared_vocabulary:
+        return pretrained, {}
+    rivals: Sequence[nn.Module] = of_one_vocabulary(config, pretrained, model.experts, None)
+    others = [m for m, (one, own) in enumerate(zip(rivals, pretrained, strict=True)) if one is not own]
+    how = "with the shared vocabulary, its new embedding and head as they were made of its own"
+    if others and has_left(job, "align"):
+        assert job.load is not None
+        aligned = job.load(str(folder_of(job, "align")))
+        assert isinstance(aligned, HybridModel)
+        rivals = [aligned.components[m] if m in others else own for m, own in enumerate(pretrained)]
+        how = "with the shared vocabulary, its new embedding and head as stage align left them"
+    return rivals, {model.experts[m]: how for m in others}
 
 
 def _modules(job: Job) -> Sequence[nn.Module]:
@@ -138,42 +163,52 @@ def _modules(job: Job) -> Sequence[nn.Module]:
     return list(job.backbone)
 
 
-def _names(config: ManticoreConfig, model: HybridModel, pretrained: Sequence[nn.Module]) -> list[str]:
-    return [
-        _called(model.experts[m], budget) for m in range(len(pretrained)) for budget in budgets(config, pretrained, m)
-    ]
+def _spent(exam: Exam, config: ManticoreConfig) -> float:
+    """Steps times FLOPs per token of the hybrid in *tune*, soft, and in *discretise*."""
+    cut = exam.systems[HYBRID].size.run_flops
+    soft = exam.systems[SOFT].size.run_flops if SOFT in exam.systems else cut
+    return config.tune_steps * soft + config.discretise_steps * cut
 
 
 def _called(component: str, budget: str) -> str:
     return f"{component} ({budget})"
 
 
-def _add_soft(exam: Exam, job: Job) -> None:
+def _add_soft(exam: Exam, job: Job, tokens: int) -> None:
     assert job.load is not None
     soft = job.load(str(folder_of(job, "tune")))
     try:
         assert isinstance(soft, HybridModel)
-        exam.add(SOFT, "hybrid", "", acting_parameters(soft), soft)
+        exam.add(SOFT, "hybrid", "", size_of(soft, tokens), soft)
     finally:
         take_apart(soft)
 
 
 def _add_others(
-    exam: Exam, model: HybridModel, job: Job, config: ManticoreConfig, pretrained: Sequence[nn.Module], report: Report
+    exam: Exam,
+    model: HybridModel,
+    job: Job,
+    config: ManticoreConfig,
+    pretrained: Sequence[nn.Module],
+    spent: float,
+    tokens: int,
+    report: Report,
 ) -> tuple[float, ...]:
     """The components and their ensemble, of those that had as many steps where there are such; its weights."""
     vocabulary = model.backbone.vocab_size
     together = AS_IT_CAME if config.controls == "none" else EQUAL_TOKENS
     kept: list[nn.Module] = []
-    for number, budget, component in controls(job, config, pretrained):
+    for number, budget, component in controls(job, config, pretrained, spent, tokens):
         name = _called(model.experts[number], budget)
         speaker = PlainEnsemble([component], [1.0], vocabulary)
-        exam.add(name, "component", budget, acting_parameters(component), speaker)
+        exam.add(name, "component", budget, size_of(component, tokens), speaker)
         report.step(len(exam.systems), None)
         if budget == together:
             kept.append(component)
     weights = best_ensemble(kept, exam.parts[exam.choosing], vocabulary)
-    size = sum(acting_parameters(one) for one, weight in zip(kept, weights, strict=True) if weight)
+    sizes = [size_of(one, tokens) for one, weight in zip(kept, weights, strict=True) if weight]
+    flops = sum(size.flops for size in sizes)
+    size = Size(parameters=sum(size.parameters for size in sizes), flops=flops, run_flops=flops)
     exam.add(ENSEMBLE, "ensemble", together, size, PlainEnsemble(kept, weights, vocabulary))
     report.step(len(exam.systems), None)
     return weights
@@ -216,7 +251,7 @@ def _acceptance(exam: Exam, against: Verdict, fallback: str, config: ManticoreCo
         what = "held-out loss of the discretised hybrid less that of the soft one:"
         gates.append(at_most("discretising", lost, config.accept_discretised, what, "config.accept_discretised"))
     if config.accept_cost is not None:
-        ratio = exam.systems[HYBRID].parameters / exam.systems[fallback].parameters
-        what = f"parameters that act in the hybrid over those of {fallback}:"
+        ratio = exam.systems[HYBRID].size.flops / exam.systems[fallback].size.flops
+        what = f"FLOPs per token of the hybrid, without what acts nowhere, over those of {fallback}:"
         gates.append(at_most("cost", ratio, config.accept_cost, what, "config.accept_cost"))
     return tuple(gates)

@@ -18,8 +18,8 @@ z_m = pad(y_m) + (1 - alpha_m) (Wout_m - pad)(y_m), so what is fitted is the dif
 holds it there. Components that act alone are left out, as their projectors are.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,8 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.composition.eval_mode import eval_mode
+from mixwright.composition.listening import Hear, listening
 from mixwright.data.collate import Batch
-from mixwright.experts.blocks import BlockExperts, EmbeddingExperts
+from mixwright.experts.blocks import BlockExperts
 from mixwright.experts.projectors import resized
 from mixwright.methods.manticore.model import EMBEDDING, HybridModel
 from mixwright.ops.ridge import ridge, shared_axes
@@ -173,7 +174,7 @@ class _Fit:
         said: list[dict[int, list[Tensor]]] = [{} for _ in slots]
         with ExitStack() as stack:
             for slot, heard in zip(slots, said):
-                stack.enter_context(_listening(self.model, slot, heard))
+                stack.enter_context(listening(self.model.mixtures[slot], _into(heard)))
             self._run()
         return [{m: self._real(parts) for m, parts in heard.items()} for heard in said]
 
@@ -185,6 +186,10 @@ class _Fit:
         return torch.cat([part[_mask(inputs)] for part, inputs in zip(parts, self.inputs, strict=True)])
 
 
+def _into(said: dict[int, list[Tensor]]) -> Hear:
+    return lambda component, _, out: said.setdefault(component, []).append(out)
+
+
 def _padding(width: int, b: Tensor) -> Tensor:
     """The matrix that pads a vector of `b`'s width."""
     return torch.eye(width, b.shape[-1], dtype=b.dtype, device=b.device)
@@ -193,20 +198,3 @@ def _padding(width: int, b: Tensor) -> Tensor:
 def _mask(inputs: Mapping[str, Any]) -> Tensor:
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-@contextmanager
-def _listening(model: HybridModel, slot: str, said: dict[int, list[Tensor]]) -> Generator[None]:
-    experts = cast("EmbeddingExperts | BlockExperts", model.mixtures[slot].experts)
-    run: Callable[[int, Tensor | None], Tensor] = experts.run
-
-    def heard(component: int, hidden: Tensor | None) -> Tensor:
-        out = run(component, hidden)
-        said.setdefault(component, []).append(out)
-        return out
-
-    experts.run = heard
-    try:
-        yield
-    finally:
-        experts.run = run

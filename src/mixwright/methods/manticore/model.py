@@ -122,6 +122,10 @@ class HybridModel(ComposedModel):
 
         return cost(self, tokens)
 
+    def cost_text(self) -> str:
+        """`cost` in words: of several whole models."""
+        return self.cost().text()
+
     def kept_tensors(self) -> list[Tensor]:
         """Components are saved too, where training changed them."""
         return [*super().kept_tensors(), *self.backbone.components.parameters()]

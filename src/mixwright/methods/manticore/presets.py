@@ -1,7 +1,6 @@
-"""Recipes to begin with, by what they cost: minutes on a CPU, an hour on a GPU, a day on a GPU.
+"""Recipes to begin with, of three sizes: `mixwright schema manticore --preset cpu-minutes > recipe.yaml`.
 
-    from mixwright.methods.manticore.presets import PRESETS
-    mw.train({"method": "manticore", "backbones": [...], "output_dir": ..., "data": {...}, **PRESETS["cpu-minutes"]})
+In Python: mw.train({"method": "manticore", "backbones": [...], "output_dir": ..., "data": {...}, **RECIPES[NAME]}).
 
 Each is `train` and `config` of a recipe, with the thresholds that stage *evaluate* checks. Budgets in time are
 estimates for pairs of the size that is named, and were not measured; stage *inspect* says what a pair costs.
@@ -17,7 +16,7 @@ _ACCEPT: Mapping[str, Any] = {"accept_difference": 0.0, "accept_discretised": 0.
 _COMMON: Mapping[str, Any] = {"projectors": "identity", "weights_delay": 0.1, "gates": "warn", **_ACCEPT}
 """Ours: identity projectors, which start far nearer than the paper's (sheet, h.3), and weights that rest at first."""
 
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "cpu-minutes": {
             "train": {"batch_size": 8},

@@ -146,7 +146,7 @@ def _searched(
         name=f"MAD {task.name}",
         groups=search_groups(model, config),
         steps=steps,
-        objective=search_objective(config),
+        objective=search_objective(config, model, task.length),
         cooldown=0.25,
     )
     fit(model, stage, data, seed=config.seed)

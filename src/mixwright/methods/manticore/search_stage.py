@@ -64,7 +64,7 @@ class Search:
         if self.config.search == "bilevel":
             refuse_overlap(job)
         self.others = None if job.validation is None else reference(model, job.validation)
-        return search_objective(self.config)
+        return search_objective(self.config, model, job.recipe.data.max_length)
 
     def _one_by_one(self, model: HybridModel, job: Job, quiet: bool) -> Fitted:
         config = self.config

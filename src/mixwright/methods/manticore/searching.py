@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixwright.data.collate import Batch
 from mixwright.methods.manticore.config import ManticoreConfig
+from mixwright.methods.manticore.cost import TOKENS, counting_length, flops_by_slot
 from mixwright.methods.manticore.model import HybridModel
 from mixwright.methods.manticore.parameters import WEIGHTS, live_components, live_projectors, present, slots
 from mixwright.routers.mixture_weights import MixtureWeights
@@ -89,20 +90,23 @@ def watch_weights(model: nn.Module) -> Mapping[str, float]:
     return found
 
 
-def search_objective(config: ManticoreConfig) -> Objective:
-    """The supervised loss, and what running the hybrid costs where the config weighs that in."""
-    return CostAware(config.cost) if config.cost else supervised
+def search_objective(config: ManticoreConfig, model: HybridModel, tokens: int = TOKENS) -> Objective:
+    """The supervised loss, and what running the hybrid costs where the config weighs that in: operations of `model`'s
+    components, counted here and once, over texts of so many tokens."""
+    if not config.cost:
+        return supervised
+    return CostAware(config.cost, flops_by_slot(model, counting_length(model, tokens)).blocks())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CostAware:
-    """loss + lambda * targets * sum_k sum_m alpha_km F_km / sum_k max_m F_km, F the parameters of a run of layers.
+    """loss + lambda * targets * sum_k sum_m alpha_km F_km / sum_k sum_m F_km, F the operations of a run of layers.
 
-    Parameters stand for FLOPs: a token costs two for each, but for attention's share that grows with the text. The loop
-    divides by the targets, so that lambda is in nats per token. In eval mode the loss is the supervised one.
+    The loop divides by the targets, so that lambda is in nats per token. In eval mode the loss is the supervised one.
     """
 
     weight: float
+    flops: Float[Tensor, "blocks models"]
 
     def __call__(self, model: HybridModel, batch: Batch) -> Tensor:
         """The loss summed over the batch's targets."""
@@ -110,29 +114,10 @@ class CostAware:
         if not model.training:
             return loss
         with torch.autocast(loss.device.type, enabled=False):
-            return loss + batch.weight * self.weight * asked_for(model).to(loss.device)
+            return loss + batch.weight * self.weight * asked_for(model, self.flops).to(loss.device)
 
 
-def asked_for(model: HybridModel) -> Float[Tensor, ""]:
-    """The share of the dearest choice's cost that the mixture weights ask for, 0 to 1."""
-    costs = run_costs(model)
+def asked_for(model: HybridModel, flops: Float[Tensor, "blocks models"]) -> Float[Tensor, ""]:
+    """The share of all blocks' operations that the mixture weights ask for, 0 to 1."""
     weights = torch.stack([model.row(slot).weights() for slot in slots(model)[1:-1]])
-    return (weights * costs.to(weights)).sum() / costs.amax(1).sum()
-
-
-def run_costs(model: HybridModel) -> Float[Tensor, "blocks models"]:
-    """Parameters of the layers that each component has in each block."""
-    counts = [
-        [_count(model, m, run) for m, runs in enumerate(model.backbone.runs) for run in [runs[k]]]
-        for k in _blocks(model)
-    ]
-    return torch.tensor(counts, dtype=torch.float32)
-
-
-def _blocks(model: HybridModel) -> range:
-    return range(model.backbone.num_blocks)
-
-
-def _count(model: HybridModel, m: int, run: range) -> int:
-    layers = model.backbone.parts[m]
-    return sum(p.numel() for i in run for p in layers.layer(model.components[m], i).parameters())
+    return (weights * (flops / flops.sum()).to(weights)).sum()
