@@ -147,6 +147,8 @@ def bars(cases: Mapping[str, Any]) -> dict[str, Any]:
 def report(stored: Mapping[str, Any]) -> str:
     """Ratios by the quickest runs, and by the medians in brackets."""
     cases = stored["cases"]
+    if not cases:
+        return "nothing is stored yet; measure first."
     phases = list(next(iter(cases.values())))
     lines = ["| case | " + " | ".join(f"{phase}, {name}" for phase in phases for name, _, _ in PAIRS) + " |"]
     lines.append("|---" * (1 + len(phases) * len(PAIRS)) + "|")

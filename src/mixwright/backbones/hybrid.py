@@ -8,7 +8,7 @@ soft-caps stay its own.
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.head = Slot(num_blocks + 1)
         self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
         self._held: dict[int, tuple[nn.Module, Any, list[tuple[nn.Module, str]]]] = {}
+        self._anchors: dict[int, tuple[nn.Module, nn.Module, str]] = {}
         self._places = tuple(map(_places, self.runs, self.tails))
+        self._first = tuple([str(run[0]) for run in runs if run] or ["0"] for runs in self.runs)
         self.coroutine = coroutine_type(coroutines)
         self.config = _config(self)
         self.generation_config = _generation_config(self)
@@ -137,9 +139,17 @@ class HybridBackbone(nn.Module, GenerationMixin):
             ends = [path.rpartition(".") for path in (tail, parts.head) if path is not None]
             owners = [(model.get_submodule(owner), name) for owner, _, name in ends]
             held = self._held[component] = (model, model.get_submodule(parts.layers), owners)
-        first = [run[0] for run in self.runs[component] if run] or [0]
-        layers = cast(nn.ModuleList, held[1])
-        return *(layers[layer] for layer in first), *(getattr(owner, name) for owner, name in held[2])
+        layers: Any = held[1]._modules  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
+        return *(layers[name] for name in self._first[component]), *(getattr(owner, name) for owner, name in held[2])
+
+    def device_of(self, component: int) -> torch.device:
+        """Where a component is: where its first parameter is."""
+        model = self.components[component]
+        held = self._anchors.get(component)
+        if held is None or held[0] is not model:
+            owner, _, leaf = next(model.named_parameters())[0].rpartition(".")
+            held = self._anchors[component] = (model, model.get_submodule(owner), leaf)
+        return getattr(held[1], held[2]).device
 
     def place(self, component: int, number: int) -> int:
         """Which of its stops is where a component enters slot `number`.
@@ -238,12 +248,12 @@ class HybridBackbone(nn.Module, GenerationMixin):
         current = Pass(self, ids, {"attention_mask": mask, "position_ids": positions}, cache)
         slots: tuple[Slot, ...] = self.__dict__["slots"]
         for slot in slots:
-            slot.current = current
+            slot.__dict__["current"] = current  # a module's own way of setting attributes takes ten times as long
         try:
             yield current
         finally:
             for slot in slots:
-                slot.current = None
+                slot.__dict__["current"] = None
             current.close()
 
     # What `generate` asks of a model.

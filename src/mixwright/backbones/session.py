@@ -158,7 +158,7 @@ class Pass:
 
     def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
         parts, cache = self.hybrid.parts[component], self.cache
-        there = next(model.parameters()).device
+        there = self.hybrid.device_of(component)
         arguments: dict[str, Any] = {
             key: value.to(there) for key, value in self.given.items() if value is not None and key in parts.takes
         }

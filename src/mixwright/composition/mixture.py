@@ -46,7 +46,9 @@ class Mixture(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         """Route, note the routing, apply the experts, add the base. What else a layer is called with is the base's."""
         # Asked for once: an attribute that is a module is found last, after two searches in vain.
-        channel, base, router, experts = self.channel, self.base, self.router, self.experts
+        channel, base, modules = self.channel, self.base, self._modules
+        router: Any = modules["router"]
+        experts: Any = modules["experts"]
         if not channel.enabled and (bare := self.bare) is not None:
             return bare(x, *args, **kwargs)
         read = x if self.carried is None else self.carried.take()
@@ -91,9 +93,10 @@ class Mixture(nn.Module):
         return self.replaced if self.base is None else self.base
 
     def _settled(self) -> Routing | None:
-        if self.base is not None or self.experts._forward_hooks or self.router._forward_hooks:
+        router: Any = self._modules["router"]
+        if self.base is not None or self._modules["experts"]._forward_hooks or router._forward_hooks:  # type: ignore[union-attr]
             return None
-        return self.channel.override or self.router.settled()
+        return self.channel.override or router.settled()
 
     def _fresh(self, base: nn.Module) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
