@@ -1,7 +1,9 @@
 """What every kind of experts promises."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,3 +47,12 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
         """The change of each named parameter of the base."""
+
+    def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
+        """theta + strength * change, of the parameters that change: computed in float32 or wider, of theta's dtype."""
+        return {name: _added(base[name], change, strength) for name, change in self(routing).items()}
+
+
+def _added(base: Tensor, change: Tensor, strength: float) -> Tensor:
+    wide = torch.promote_types(base.dtype, change.dtype)
+    return (base.to(wide) + strength * change.to(wide)).to(base.dtype)

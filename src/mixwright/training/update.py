@@ -260,13 +260,26 @@ class Updater:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
+        self._hold()
 
     def _clipped(self) -> float:
         """The norm of the gradients that are clipped together; not finite where that of the others is not."""
         limit = math.inf if self.stage.clip is None else self.stage.clip
-        apart = self._members(lambda group: not group.clip)
+        apart = self._members(lambda group: group.clip is not True)
         norm = clip_gradients([p for p in self.parameters.values() if p not in apart], limit).item()
-        return norm + 0.0 * clip_gradients(apart, math.inf).item() if apart else norm
+        for group, members in zip(self.stage.groups, self.chosen, strict=True):
+            if group.clip is not True:
+                own = math.inf if group.clip is False else group.clip
+                norm += 0.0 * clip_gradients(members.values(), own).item()
+        return norm
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Parameters that left what their group allows are put back on its edge."""
+        for group, members in zip(self.stage.groups, self.chosen, strict=True):
+            if group.within is not None:
+                for parameter in members.values():
+                    parameter.clamp_(*group.within)
 
     def _climbing(self) -> Sequence[nn.Parameter]:
         climbing = self._members(lambda group: group.maximize)
