@@ -1,5 +1,6 @@
 """A mixture joins a base, a router and experts at one site of a backbone."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -82,6 +83,23 @@ class Mixture(nn.Module):
         if self.channel.trace is not None and self.channel.enabled and (routing := self._settled()) is not None:
             self.channel.note(self.site, routing)
 
+    def direct(self) -> Callable[[Tensor], Tensor] | None:
+        """What a call comes to, where nobody hears of it and its routing is known, for a backbone that learns nothing.
+
+        It holds for the pass in which it was asked for.
+        """
+        channel, modules = self.channel, self._modules
+        router: Any = modules["router"]
+        experts: Any = modules["experts"]
+        if not channel.enabled or channel.trace is not None or channel.override is not None:
+            return None
+        if self.base is not None or self.carried is not None or self.flat:
+            return None
+        if _watched(self) or _watched(router) or _watched(experts):
+            return None
+        routing = router.fixed()
+        return None if routing is None else experts.direct(routing)
+
     def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """What the experts say to `x` by themselves, also where they are disabled; with a batch axis."""
         tokens, condition = self._with_batch_axis(x), self.channel.condition_at(self.stream)
@@ -117,3 +135,7 @@ class Mixture(nn.Module):
             if bare is None or name.startswith("_"):
                 raise
             return getattr(bare, name)
+
+
+def _watched(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

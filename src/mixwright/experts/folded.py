@@ -33,7 +33,7 @@ class Folded:
     """The maps of a block, made again when a weight or a projector has changed. A copy starts without any."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Members, list[int], torch.dtype, Maps, list[Tensor]] | None = None
+        self._seen: _Seen | None = None
 
     def __call__(self, enter: nn.ModuleList, leave: nn.ModuleList, members: Members, x: Tensor) -> Maps | None:
         """The maps for a stream like `x`; None where there is something to learn, to watch, or to decide per token.
@@ -43,26 +43,22 @@ class Folded:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             self._seen = None
             return None
-        key: list[int] = []
-        sources: list[Tensor] = []
-        for side in (enter, leave):
-            for projector in side._modules.values():  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
-                if type(projector) is not Affine or _watched(projector):
-                    return None
-                for source in projector._parameters.values():  # pyright: ignore[reportPrivateUsage]
-                    if source is None or source.is_inference():
-                        return None
-                    sources.append(source)
-                    key += (id(source), source._version, source.data_ptr())  # pyright: ignore[reportPrivateUsage]
         seen = self._seen
-        if seen is not None and seen[0] is members and seen[1] == key and seen[2] is x.dtype:
-            return seen[3]
+        if seen is not None and seen.members is members and seen.dtype is x.dtype and seen.holds(enter, leave):
+            return seen.maps
+        self._seen = None
+        projectors = (*enter, *leave)
+        sources = [source for projector in projectors for source in projector.parameters()]
+        if any(type(projector) is not Affine or _watched(projector) for projector in projectors):
+            return None
         if any(alpha is None or alpha.dim() != 1 or alpha.is_inference() for _, alpha in members):
+            return None
+        if any(source.is_inference() for source in sources):
             return None
         with torch.inference_mode(False), torch.no_grad():
             maps = _maps(enter, leave, members, x.dtype)
-        held = [*sources, *(source.detach() for source in sources)]  # so that nothing new comes to lie at their places
-        self._seen = (members, key, x.dtype, maps, held)
+        held = tuple(source.detach() for source in sources)
+        self._seen = _Seen(members, x.dtype, maps, projectors, tuple(sources), tuple(map(_state, sources)), held)
         return maps
 
     def __deepcopy__(self, memo: object) -> "Folded":
@@ -70,6 +66,36 @@ class Folded:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_seen": None}
+
+
+class _Seen(NamedTuple):
+    """What maps were made of. `held`: the same storages, so that nothing new comes to lie at their places."""
+
+    members: Members
+    dtype: torch.dtype
+    maps: Maps
+    projectors: tuple[nn.Module, ...]
+    sources: tuple[Tensor, ...]
+    states: tuple[tuple[int, int], ...]
+    held: tuple[Tensor, ...]
+
+    def holds(self, enter: nn.ModuleList, leave: nn.ModuleList) -> bool:
+        """Whether the projectors are the same, as they were, and nobody watches them."""
+        at = 0
+        for side in (enter, leave):
+            for projector in side._modules.values():  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
+                if projector is not self.projectors[at // 2] or _watched(projector):
+                    return False
+                for source in projector._parameters.values():  # pyright: ignore[reportPrivateUsage]
+                    if source is not self.sources[at] or _state(source) != self.states[at]:
+                        return False
+                    at += 1
+        return True
+
+
+def _state(source: Tensor) -> tuple[int, int]:
+    """Changes with what is written to a tensor, and with where it lies."""
+    return source._version, source.data_ptr()  # pyright: ignore[reportPrivateUsage]  (the only counter)
 
 
 def _watched(module: Any) -> bool:

@@ -73,20 +73,22 @@ class MixtureWeights(AbstractRouter):
         del x
         logits: Any = self._parameters["logits"]
         learned = torch.is_grad_enabled() and logits.requires_grad
-        drawing = self.training and self.draw != "none"
-        key = self._state()
-        if not learned and not drawing and self._routing is not None and self._routing[0] == key and key is not None:
-            return self._routing[1]
+        if not learned and (same := self.fixed()) is not None:
+            return same
         ids, _ = self.live()
-        if len(ids) > 1 and (drawing or learned):
+        if len(ids) > 1 and (learned or self.is_drawing):
             return Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids)
-        if self._routing is None or self._routing[0] != key or key is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._routing = (
-                    key,
-                    Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids),
-                )
-        return self._routing[1]
+        with torch.inference_mode(False), torch.no_grad():
+            found = Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids)
+        self._routing = (self._state(), found)
+        return found
+
+    def fixed(self) -> Routing | None:
+        """What the last pass had, if the next one without gradients has it too: nothing has changed or is drawn."""
+        if self._routing is None or self.training and self.draw != "none":
+            return None
+        key, found = self._routing
+        return found if key is not None and key == self._state() else None
 
     def settled(self) -> Routing | None:
         """The routing where one component is allowed alone, whose weight is then 1."""
