@@ -7,7 +7,7 @@ import torch
 
 from mixwright.ops import interpolate as module
 from mixwright.ops.hard_concrete import mask
-from mixwright.ops.interpolate import coefficient, interpolate, interpolate_plain
+from mixwright.ops.interpolate import added, coefficient, interpolate, interpolate_plain
 
 SHAPES = [(7, 13), (1,), (129,), (3, 2, 5, 3), (0, 4), ()]
 UNITS = {"weight": lambda shape: shape, "row": lambda shape: shape[:1], "tensor": lambda shape: ()}
@@ -128,6 +128,43 @@ def test_logits_of_another_shape_are_refused():
     base, delta, logits, weights = case((4, 3), "weight")
     with pytest.raises(ValueError, match=r"logits of \(5, 3\).*\(4, 3\)"):
         interpolate(base, delta, logits[:, 0], weights)
+
+
+@pytest.mark.parametrize("granularity", UNITS)
+def test_noise_is_the_seeds_and_its_gradient_that_of_the_same_draw(granularity, small_chunks):
+    tensors = [tensor.requires_grad_() for tensor in case((9, 4), granularity)]
+    value, plain = interpolate(*tensors, noise=3), interpolate_plain(*tensors, noise=3)
+    torch.testing.assert_close(value, plain, rtol=1e-10, atol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(value.square().sum(), tensors),
+        torch.autograd.grad(plain.square().sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(interpolate(*tensors, noise=3), value)
+    assert not torch.equal(interpolate(*tensors, noise=4), value)
+    assert torch.autograd.gradgradcheck(lambda *t: interpolate(*t, noise=3), tensors)
+
+
+def test_regrowth_lets_dead_masks_feel_the_gradient():
+    base, delta, logits, weights = case((6, 5), "weight")
+    logits = torch.where(logits > 0, 2.0, -2.0).double().requires_grad_()
+    assert not torch.autograd.grad(interpolate(base, delta, logits, weights).sum(), logits)[0].any()
+    found = torch.autograd.grad(interpolate(base, delta, logits, weights, 0.5, regrowth=0.1).sum(), logits)[0]
+    torch.testing.assert_close(found, 0.05 * weights[:, None, None] * delta.expand(5, 6, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_zero_adds_nothing_and_still_learns(dtype):
+    base = torch.tensor([-0.0, 1.5, torch.nan, -2.0], dtype=dtype)
+    change = torch.tensor([0.0, -0.0, 0.0, 1.0], requires_grad=True)
+    moved = added(base, change, 0.5)
+    assert torch.signbit(moved[0])
+    assert moved.dtype == dtype
+    assert moved[1] == 1.5
+    assert moved[3] == -1.5
+    moved.nan_to_num().sum().backward()
+    assert change.grad.tolist() == [0.5, 0.5, 0.0, 0.5]
 
 
 def test_nothing_of_the_size_of_all_masks_is_kept_for_the_gradient():

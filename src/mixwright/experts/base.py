@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixwright.ops.interpolate import added
 from mixwright.routing import Condition, Routing
 
 
@@ -44,19 +44,19 @@ class AbstractExperts(nn.Module, ABC):
 
 
 class AbstractDeltas(nn.Module, ABC):
-    """Experts that combine parameters: theta + sum_e w_e delta_e."""
+    """Experts that combine parameters: theta + sum_e w_e delta_e. `names`: of the parameters that may change."""
 
     num_experts: int
+    names: tuple[str, ...]
 
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
         """The change of each named parameter of the base."""
 
     def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
-        """theta + strength * change, of the parameters that change: computed in float32 or wider, of theta's dtype."""
-        return {name: _added(base[name], change, strength) for name, change in self(routing).items()}
+        """theta + strength * change, of the parameters that change: theta's dtype, and its bits where change is 0."""
+        return {name: added(base[name], change, strength) for name, change in self(routing).items()}
 
-
-def _added(base: Tensor, change: Tensor, strength: float) -> Tensor:
-    wide = torch.promote_types(base.dtype, change.dtype)
-    return (base.to(wide) + strength * change.to(wide)).to(base.dtype)
+    @abstractmethod
+    def norms(self) -> Float[Tensor, " experts"]:
+        """How far each expert alone, at weight 1, moves the parameters: |delta_e|."""

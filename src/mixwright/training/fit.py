@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,14 +220,14 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
     }
 
 
-def _own_rule(group: ParamGroup) -> list[str | float | Sequence[float] | None]:
-    rule: list[str | float | Sequence[float] | None] = []
+def _own_rule(group: ParamGroup) -> list[str | float | None]:
+    rule: list[str | float | None] = []
     if (group.optimizer, group.lr_end) != ("adamw", 1.0):
         rule += [group.optimizer, group.lr_end]
     if (group.delay, group.clip, group.weight_decay) != (0.0, True, None):
         rule += [group.delay, group.clip, group.weight_decay]
-    if (group.momentum, group.within) != (0.0, None):
-        rule += ["momentum", group.momentum, group.within]
+    if group.momentum:
+        rule += ["momentum", group.momentum]
     return rule if group.turn is None else [*rule, *group.turn]
 
 

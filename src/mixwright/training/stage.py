@@ -39,8 +39,6 @@ class ParamGroup:
     of constraints, whose gradients are the violations, and restarts them at 0 where a constraint is kept."""
     momentum: float = 0.0
     """Of `sgd`; the others have their own."""
-    within: tuple[float, float] | None = None
-    """Values are put back between these two after every step; None: they go where they like."""
     lr_end: float = 1.0
     """Share of `lr` that is left at the last step, falling linearly: tables may begin at 4 to 10 times the rate of the
     rest and end at it (Huang et al. 2024, arXiv 2411.12364)."""

@@ -7,11 +7,9 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +17,11 @@ from mixwright.backbones.hf import provenance
 from mixwright.composition.episodic import EpisodicModel
 from mixwright.composition.features import width_of
 from mixwright.composition.model import Composition
+from mixwright.composition.route import Route
+from mixwright.composition.routes import find_route
+from mixwright.composition.support import Given
+from mixwright.config import encode
+from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
 from mixwright.routers.support_set import SupportSetRouter
@@ -49,31 +52,14 @@ def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, 
     kind = "custom" if callable(config.features) else config.features
     described = Composition(
         method=METHOD.name,
-        config=asdict(replace(config, features=kind)),  # type: ignore[arg-type]
+        config=encode(replace(config, features=kind)),  # type: ignore[arg-type]
         backbone=provenance(backbone),
         citation=METHOD.paper.bibtex,
     )
     names = tuple(f"expert-{i}" for i in range(deltas.num_experts))
     model = FewShotModel(backbone, router, deltas, names, features=config.features, composition=described)
-    return model.train(backbone.training)
-
-
-def maskable(backbone: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, torch.Size]:
-    """The shapes of the parameters that may change; of tied ones the first name."""
-    named = dict(backbone.named_parameters())
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise ValueError(
-                f"{pattern!r} selects none of the {len(named)} parameters ({', '.join(list(named)[:3])}, ...)."
-            )
-    chosen = {
-        name: parameter.shape
-        for name, parameter in named.items()
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
-    if not chosen:
-        raise ValueError("include and exclude leave no parameter that may change.")
-    return chosen
+    model.train(backbone.training)
+    return model
 
 
 class FewShotModel(EpisodicModel):
@@ -93,6 +79,31 @@ class FewShotModel(EpisodicModel):
         assert isinstance(found, SparseDeltas)
         return found
 
+    def pristine(self) -> dict[str, Tensor]:
+        """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
+        return self._rollback.pristine()
+
+    def added_state(self) -> dict[str, Tensor]:
+        """What goes to disk: router and multipliers, the experts packed, and the backbone's digests; see `packing`."""
+        from mixwright.methods.smat.stored import stored_state
+
+        plain = super().added_state()
+        if not isinstance(self.mixture.experts, SparseDeltas):
+            return plain
+        return stored_state(self, plain, self.composition.config.get("storage", "exact"))
+
+    def num_added_parameters(self) -> int:
+        """Numbers that are trained: router, shared change, masks, multipliers."""
+        return sum(tensor.numel() for tensor in self.kept_tensors())
+
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""
         return self.deltas.sparsity()
+
+    def route(self, support: Given, *, resamples: int = 32, seed: int = 0) -> Route:
+        """Which experts a support set chooses, how sure and how new it is; see `composition.routes.find_route`."""
+        return find_route(self, support, resamples=resamples, seed=seed)
+
+    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
+        """Keep an expert through further training as it is: its mask, and the change wherever it acts."""
+        self.deltas.freeze(self.index(expert), frozen)
