@@ -327,7 +327,7 @@ def test_push_to_hub_uploads_everything_once(pair: Pair, hub: Any) -> None:
     model = trained(pair.compose(), 0)
     assert model.push_to_hub("me/hybrid", client=hub) == "https://hub/me/hybrid"
     assert [name for name, _ in hub.calls] == ["create", "upload"]
-    assert {KEPT, "ledger.json", "NOTICE", "README.md"} <= set(hub.calls[1][1][1])
+    assert {"components", "ledger.json", "NOTICE", "README.md"} <= set(hub.calls[1][1][1])
 
 
 def test_the_verb_checks_a_saved_hybrid(pair: Pair, tmp_path: Path) -> None:
