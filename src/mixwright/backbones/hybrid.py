@@ -228,7 +228,7 @@ class HybridBackbone(nn.Module, GenerationMixin):
         return followed if whole else None
 
     def _mixed(self, stands: Sequence[nn.Module], ids: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        learning = torch.is_grad_enabled() or _has_any_global_hook()
+        learning = torch.is_grad_enabled() or bool(_has_any_global_hook())
         hidden = ids.unsqueeze(-1).float()
         for stand in stands[:-1]:
             hidden = _called(stand, hidden, learning)

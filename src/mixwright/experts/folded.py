@@ -87,7 +87,7 @@ class _Seen(NamedTuple):
                 if projector is not self.projectors[at // 2] or _watched(projector):
                     return False
                 for source in projector._parameters.values():  # pyright: ignore[reportPrivateUsage]
-                    if source is not self.sources[at] or _state(source) != self.states[at]:
+                    if source is None or source is not self.sources[at] or _state(source) != self.states[at]:
                         return False
                     at += 1
         return True
