@@ -30,7 +30,10 @@ class PoolCell:
 
 @dataclass(frozen=True)
 class PoolTensor:
-    """A parameter: norm(c * delta) / norm(theta) under a mixture, and the share of its weights that moves."""
+    """A parameter: norm(c * delta) / norm(theta) under a mixture, and the share of its weights that moves.
+
+    One that was pretrained at zero has no such ratio and is left out.
+    """
 
     name: str
     change: float
@@ -166,8 +169,10 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tu
         delta = deltas.delta[name.replace(".", "/")].detach().cpu().float().reshape(-1, each)
         moved = (weights.to(masks.dtype) @ masks)[:, None] * delta
         size = float(base[name].detach().float().norm())
+        if size == 0:
+            continue
         share = float((moved != 0).double().mean()) if moved.numel() else 0.0
-        found.append(PoolTensor(name, float(moved.norm()) / max(size, 1e-12), share))
+        found.append(PoolTensor(name, float(moved.norm()) / size, share))
     return tuple(sorted(found, key=lambda one: -one.change)[:TOP])
 
 

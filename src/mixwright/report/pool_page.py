@@ -21,7 +21,7 @@ def pool_page(pool: Pool, episodes: Sequence[PoolEpisode] = ()) -> str:
         tag("header", *_headline(pool, episodes), class_="page"),
         tag(
             "main",
-            *(_episode_section(episode) for episode in episodes),
+            *(_episode_section(episode, folded=place > 0) for place, episode in enumerate(episodes)),
             _pattern_section(pool),
             _overlap_section(pool),
             _tasks_section(pool),
@@ -153,7 +153,7 @@ def _tensors_section(pool: Pool) -> str:
     ]
     note = (
         f"The {len(pool.tensors)} parameters that move most, relative to their own length, under the mixture of "
-        f"{pool.mixture}."
+        f"{pool.mixture}; those that were pretrained at zero are left out."
     )
     head = ("Parameter", "Change: length of the change / length of the weights", "Weights that move")
     return tag("section", tag("h2", "What moves most"), tag("p", tag("bdi", escape(note)), class_="note"), table(head, lines))
@@ -163,7 +163,7 @@ def _meter(share: float) -> str:
     return tag("span", tag("i", style=f"width:{100 * min(1.0, share):.1f}%"), class_="meter")
 
 
-def _episode_section(episode: PoolEpisode) -> str:
+def _episode_section(episode: PoolEpisode, folded: bool) -> str:
     whole = dict(episode.dial)[1.0]
     order = sorted(episode.experts, key=lambda one: -one.weight)
     experts = [
@@ -199,7 +199,8 @@ def _episode_section(episode: PoolEpisode) -> str:
         for one in episode.moving
     ]
     said = [tag("p", tag("bdi", escape(text)), class_="note") for text in episode_sentences(episode)]
-    parts = [tag("h2", "One task: ", tag("bdi", escape(episode.name))), *said]
+    title = tag("h2", "One task: ", tag("bdi", escape(episode.name)))
+    parts = said if folded else []
     parts += [tag("h3", "What was chosen, and what leaving an expert out does")]
     parts += [table(("Expert", "Share, and its spread", "Moves the weights by", "Without it"), experts)]
     if dial:
@@ -208,7 +209,9 @@ def _episode_section(episode: PoolEpisode) -> str:
     if moving:
         parts += [tag("h3", "Examples that move the choice most, when left out")]
         parts += [table(("Example", "Class", "Of the mixture changes"), moving)]
-    return tag("section", *parts)
+    if folded:
+        parts = [tag("details", tag("summary", "The figures of this task"), *parts)]
+    return tag("section", title, *parts)
 
 
 def _glossary() -> str:
