@@ -33,7 +33,12 @@ WIDTH, HIDDEN = 384, 1536
 
 def shapes_of(layers: int) -> dict[str, torch.Size]:
     """Parameters of a ViT-S/16 without a pooler."""
-    found = {"cls": (1, 1, WIDTH), "position": (1, 197, WIDTH), "patch.weight": (WIDTH, 3, 16, 16), "patch.bias": (WIDTH,)}
+    found = {
+        "cls": (1, 1, WIDTH),
+        "position": (1, 197, WIDTH),
+        "patch.weight": (WIDTH, 3, 16, 16),
+        "patch.bias": (WIDTH,),
+    }
     for layer in range(layers):
         for part in ("query", "key", "value", "out"):
             found |= {f"{layer}.{part}.weight": (WIDTH, WIDTH), f"{layer}.{part}.bias": (WIDTH,)}
@@ -81,7 +86,9 @@ def report(result: dict[str, Any]) -> str:
     """Markdown: one row for each case."""
     lines = ["| masks | overlap | union | not 0 or 1 | exact | compact |", "| --- | --- | --- | --- | --- | --- |"]
     for case in result["cases"]:
-        shares = [f"{case['bytes'][kind] / 1e6:.1f} MB, {100 * case['share'][kind]:.1f} %" for kind in ("exact", "compact")]
+        shares = [
+            f"{case['bytes'][kind] / 1e6:.1f} MB, {100 * case['share'][kind]:.1f} %" for kind in ("exact", "compact")
+        ]
         lines.append(
             f"| {case['masks']} | {case['overlap']:.2f} | {case['union']:.2f} | {case['fractional']:.0%} | "
             f"{shares[0]} | {shares[1]} |"

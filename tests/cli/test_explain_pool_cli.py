@@ -12,6 +12,7 @@ import mixwright as mw
 from mixwright.backbones.hf import load_backbone
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.cli import build
+from mixwright.composition.episodic import EpisodicModel
 
 
 def _examples(path: Path, seed: int, items: int = 9) -> Path:
@@ -27,12 +28,15 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("pool")
     tiny_backbone("vit").save_pretrained(home / "backbone")
     model = mw.compose("smat", backbone=load_backbone(home / "backbone"), experts=3)
+    assert isinstance(model, EpisodicModel)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.mixture.experts.named_parameters():
             if not name.startswith("multi"):
                 shift = 0 if name.startswith("delta") else -3.5
-                tensor.copy_(torch.randn(tensor.shape, generator=draw) * (0.1 if name.startswith("delta") else 2) + shift)
+                tensor.copy_(
+                    torch.randn(tensor.shape, generator=draw) * (0.1 if name.startswith("delta") else 2) + shift
+                )
     model.save_pretrained(home / "pool")
     _examples(home / "shapes.npz", 1)
     _examples(home / "others.npz", 2)

@@ -163,5 +163,3 @@ def test_the_page_stands_alone_and_escapes(capsys: pytest.CaptureFixture[str]) -
     print_pool(pool, Console(highlight=False, width=160), [episode])
     shown = capsys.readouterr().out
     assert "strength" in shown and "expert-0" in shown and "moves most" in shown
-
-

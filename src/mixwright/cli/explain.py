@@ -67,7 +67,9 @@ def explain(
     ] = None,
     support: Annotated[
         list[str] | None,
-        typer.Option("--support", help="A pool of sparse experts: a task's examples by class; may stand several times."),
+        typer.Option(
+            "--support", help="A pool of sparse experts: a task's examples by class; may stand several times."
+        ),
     ] = None,
     query: Annotated[
         str | None, typer.Option("--query", help="A pool of sparse experts: labelled items to measure --support on.")
@@ -106,7 +108,9 @@ def explain(
         _explain_whole(composition, asked, task, output, terminal, measure, backbone, as_json)
         return
     if support or query:
-        raise ValueError("--support and --query explain a pool of sparse experts, without a text; leave out one of them.")
+        raise ValueError(
+            "--support and --query explain a pool of sparse experts, without a text; leave out one of them."
+        )
     if measure:
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
@@ -211,9 +215,7 @@ def _explain_hybrid(
     _deliver(page, found.to_dict, show, output, terminal, as_json)
 
 
-def _explain_pool(
-    model: Any, asked: Asked, task: Task, output: Path | None, terminal: bool, as_json: bool
-) -> None:
+def _explain_pool(model: Any, asked: Asked, task: Task, output: Path | None, terminal: bool, as_json: bool) -> None:
     from mixwright.cli.explain_pool import explained_pool
     from mixwright.report.pool_page import pool_page
     from mixwright.report.pool_terminal import print_pool

@@ -62,7 +62,9 @@ def _labelled(domain: "Domain", classes: Sequence[str], limit: int) -> tuple["La
         raise ValueError(f"--query: there is no class {unknown[0]!r} in the support set.")
     rows = [row for of_class in domain.rows for row in of_class[:limit]]
     labels = torch.tensor([list(classes).index(domain.class_names[domain.labels[row]]) for row in rows])
-    names = [str(getattr(domain.items[row], "where", f"item {row}")) if _listed(domain) else f"item {row}" for row in rows]
+    names = [
+        str(getattr(domain.items[row], "where", f"item {row}")) if _listed(domain) else f"item {row}" for row in rows
+    ]
     return Labelled(SupportSet(domain.read(rows), labels), tuple(classes)), names
 
 

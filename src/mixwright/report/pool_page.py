@@ -31,7 +31,9 @@ def pool_page(pool: Pool, episodes: Sequence[PoolEpisode] = ()) -> str:
             class_="page",
         ),
     ]
-    sheets = (files("mixwright.report").joinpath(name).read_text("utf-8") for name in ("task_page.css", "pool_page.css"))
+    sheets = (
+        files("mixwright.report").joinpath(name).read_text("utf-8") for name in ("task_page.css", "pool_page.css")
+    )
     return document(_TITLE, body, "".join(sheets))
 
 
@@ -119,7 +121,12 @@ def _overlap_section(pool: Pool) -> str:
         "Of the weights that either of two experts changes, the share that both do; small beside it what chance would "
         "give, p / (2 - p) for two masks of density p. Over twice chance is set strong: such experts are much alike."
     )
-    return tag("section", tag("h2", "How alike the experts are"), tag("p", note, class_="note"), table(("", *pool.experts), lines))
+    return tag(
+        "section",
+        tag("h2", "How alike the experts are"),
+        tag("p", note, class_="note"),
+        table(("", *pool.experts), lines),
+    )
 
 
 def _tasks_section(pool: Pool) -> str:
@@ -138,7 +145,9 @@ def _tasks_section(pool: Pool) -> str:
         tag("tr", tag("th", names[task], scope="row"), *(tag("td", percent(w)) for w in tasks.weights[task]))
         for task in tasks.order
     ]
-    return tag("section", title, tag("p", note, class_="note"), drawn, table(("Task", *pool.experts), lines), id="tasks")
+    return tag(
+        "section", title, tag("p", note, class_="note"), drawn, table(("Task", *pool.experts), lines), id="tasks"
+    )
 
 
 def _tensors_section(pool: Pool) -> str:
@@ -156,7 +165,9 @@ def _tensors_section(pool: Pool) -> str:
         f"{pool.mixture}; those that were pretrained at zero are left out."
     )
     head = ("Parameter", "Change: length of the change / length of the weights", "Weights that move")
-    return tag("section", tag("h2", "What moves most"), tag("p", tag("bdi", escape(note)), class_="note"), table(head, lines))
+    return tag(
+        "section", tag("h2", "What moves most"), tag("p", tag("bdi", escape(note)), class_="note"), table(head, lines)
+    )
 
 
 def _meter(share: float) -> str:

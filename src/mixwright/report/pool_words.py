@@ -53,11 +53,13 @@ def episode_sentences(episode: PoolEpisode) -> list[str]:
     zero, one, top = dial[0.0], dial[1.0], dial[best]
     assert zero is not None and one is not None and top is not None
     said.append(
-        f"Measured on {episode.items} {episode.measured_on}: {percent(zero.accuracy)} right with the pretrained weights, "
-        f"{percent(one.accuracy)} at full strength. The loss is least at strength {best:g} ({top.loss:.3f})."
+        f"Measured on {episode.items} {episode.measured_on}: {percent(zero.accuracy)} right with the pretrained "
+        f"weights, {percent(one.accuracy)} at full strength. The loss is least at strength {best:g} ({top.loss:.3f})."
     )
     if episode.measured_on != "query items":
-        said.append("These are the examples that the mixture was chosen by, so the figures flatter it; give query items.")
+        said.append(
+            "These are the examples that the mixture was chosen by, so the figures flatter it; give query items."
+        )
     return said
 
 
