@@ -48,7 +48,9 @@ def compose(
     is frozen and gets its mixtures in place; `model.remove()` gives it back as it was.
     """
     card = load_method(method)
-    settings = configuration.decode(card.config, config, where=f"{method} config")
+    functions = {key: value for key, value in config.items() if callable(value)}  # no file can hold them
+    plain = {key: value for key, value in config.items() if key not in functions}
+    settings = replace(configuration.decode(card.config, plain, where=f"{method} config"), **functions)
     given = _backbones(card, backbone, backbones)
     models = [model if isinstance(model, nn.Module) else load_backbone(str(model)) for model in given]
     shelf = Catalog(catalog) if isinstance(catalog, str | Path) else catalog

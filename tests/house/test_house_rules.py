@@ -42,7 +42,7 @@ def metadata() -> dict[str, Any]:
 def module_of(requirement: str) -> str:
     """The module that a requirement such as `PyYAML>=6.0` brings."""
     package = re.split(r"[<>=\[;]", requirement)[0].strip().lower().replace("-", "_")
-    return {"pyyaml": "yaml"}.get(package, package)
+    return {"pyyaml": "yaml", "pillow": "PIL"}.get(package, package)
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -31,6 +31,7 @@ _EXTRAS = {
     "plot": "matplotlib",
     "gpu": "triton",
     "manticore": "greenlet",
+    "vision": "PIL",
 }
 
 

@@ -95,6 +95,10 @@ class ComposedModel(nn.Module):
         """Site path -> mixture, in the backbone's order."""
         return {site: self.backbone.get_submodule(site) for site in self._sites}  # type: ignore[misc]
 
+    def _mixed(self) -> Mapping[str, Any]:
+        """Everything with a router and experts: the mixtures at sites, or one around the whole."""
+        return self.mixtures
+
     def forward(
         self, *args: Any, condition: Condition | None = None, task_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -221,7 +225,7 @@ class ComposedModel(nn.Module):
             return  # experts without names all act, always
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
         ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
-        masks = {site: _masks(mixture.router) for site, mixture in self.mixtures.items()}
+        masks = {site: _masks(mixture.router) for site, mixture in self._mixed().items()}
         unmasked = [site for site, found in masks.items() if not found]
         if unmasked:
             raise ValueError(f"the router at {unmasked[0]} weighs every expert and can't leave one out.")
@@ -240,7 +244,7 @@ class ComposedModel(nn.Module):
         """
         state: dict[str, Tensor] = {
             f"{site}.{part}.{name}": tensor
-            for site, mixture in self.mixtures.items()
+            for site, mixture in self._mixed().items()
             for part in ("router", "experts")
             for name, tensor in getattr(mixture, part).state_dict().items()
         }
@@ -250,7 +254,7 @@ class ComposedModel(nn.Module):
     def acts_at(self, expert: str) -> tuple[str, ...]:
         """The sites at which an expert may act: where the router's mask, if it has one, lets it be chosen."""
         at = self.index(expert)
-        masks = {site: _masks(mixture.router).values() for site, mixture in self.mixtures.items()}
+        masks = {site: _masks(mixture.router).values() for site, mixture in self._mixed().items()}
         return tuple(site for site, found in masks.items() if not found or any(bool(mask[at]) for mask in found))
 
     def kept_tensors(self) -> list[Tensor]:
@@ -328,7 +332,7 @@ class _Forward:
         self.__signature__ = own.replace(parameters=[*before, *extra, *after])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return ComposedModel.forward(self.model, *args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
 
 
 def _masks(router: AbstractRouter) -> dict[str, Tensor]:

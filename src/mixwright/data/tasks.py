@@ -110,7 +110,7 @@ def _task(name: str, rows: Sequence[Row], format: Format | Literal["auto"], name
 def _rows(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
     path = Path(source)
     if path.is_dir():
-        return _file(_split_file(path, split)), _folder_labels(path)
+        return _file(_split_file(path, split)), folder_labels(path)
     if path.is_file():
         return _file(path), ()
     if (
@@ -126,7 +126,7 @@ def _rows(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
 
 
 def _file(path: Path) -> Iterable[Row]:
-    return [(str(path), {"text": path.read_text(encoding="utf-8")})] if path.suffix == ".txt" else _lines(path)
+    return [(str(path), {"text": path.read_text(encoding="utf-8")})] if path.suffix == ".txt" else json_lines(path)
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -138,7 +138,8 @@ def _split_file(folder: Path, split: str) -> Path:
     raise ValueError(f"{folder}: no {names[0]}; the folder holds {there or 'no .jsonl file'}. Name the file itself.")
 
 
-def _folder_labels(folder: Path) -> tuple[str, ...]:
+def folder_labels(folder: Path) -> tuple[str, ...]:
+    """The label texts that a folder's `task.json` gives, in order; none without. Raises ValueError for a faulty one."""
     card = folder / "task.json"
     if not card.is_file():
         return ()
@@ -151,7 +152,8 @@ def _folder_labels(folder: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[Row]:
+    """Each line of a JSONL file, with its file and line. Raises ValueError for one that is no JSON object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -166,7 +168,11 @@ def _lines(path: Path) -> Iterator[Row]:
             yield where, row
 
 
-def _hub(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
+def open_hub(source: str, split: str) -> Any:
+    """A split of a hub data set, `owner/name` with an optional `:configuration` and `#split`, as `datasets` gives it.
+
+    Raises MissingExtra without the extra `data`.
+    """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -174,7 +180,11 @@ def _hub(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
     whole, _, part = source.partition("#")
     name, _, configuration = whole.partition(":")
     chosen = [configuration] if configuration else []
-    table = cast(Any, datasets).load_dataset(name, *chosen, split=part or split)
+    return cast(Any, datasets).load_dataset(name, *chosen, split=part or split)
+
+
+def _hub(source: str, split: str) -> tuple[Iterable[Row], tuple[str, ...]]:
+    table = open_hub(source, split)
     names = getattr(table.features.get("label"), "names", None) or ()
     plain = "text" in table.features and "label" not in table.features
     rows = ((f"{source}:{number}", row) for number, row in enumerate(table))

@@ -1,10 +1,12 @@
 """What every kind of experts promises."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixwright.ops.interpolate import added
 from mixwright.routing import Condition, Routing
 
 
@@ -45,3 +47,7 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
         """The change of each named parameter of the base."""
+
+    def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
+        """theta + strength * change, of the parameters that change: theta's dtype, and its bits where change is 0."""
+        return {name: added(base[name], change, strength) for name, change in self(routing).items()}

@@ -226,6 +226,8 @@ def _own_rule(group: ParamGroup) -> list[str | float | None]:
         rule += [group.optimizer, group.lr_end]
     if (group.delay, group.clip, group.weight_decay) != (0.0, True, None):
         rule += [group.delay, group.clip, group.weight_decay]
+    if group.momentum:
+        rule += ["momentum", group.momentum]
     return rule if group.turn is None else [*rule, *group.turn]
 
 

@@ -41,6 +41,11 @@ def tell_progress(modules: Iterable[nn.Module], share: float) -> None:
         module.progress = cast(Any, share)
 
 
+def settling(model: nn.Module) -> list[nn.Module]:
+    """Modules that put something right after every step of the optimisers: bounds, or what is to stay as it was."""
+    return [module for module in model.modules() if hasattr(type(module), "after_step")]
+
+
 def refuse_sharded(model: nn.Module, trained: Iterable[nn.Parameter], stage: str) -> None:
     """Raises ValueError where a table that is spread over processes would be trained."""
     ids = {id(parameter) for parameter in trained}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixwright.training.dual_ascent import DualAscent
 from mixwright.training.exponentiated_gradient import ExponentiatedGradient, plain_rows
 from mixwright.training.gradients import row_parameters, tables_of
 from mixwright.training.row_optimizer import AbstractRowOptimizer
@@ -31,7 +32,8 @@ def make_optimizers(
     if muon:
         adjust: Literal["match_rms_adamw"] = "match_rms_adamw"
         optimizers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=stage.weight_decay, adjust_lr_fn=adjust))
-    return optimizers + _row_optimizers(model, stage, chosen, seed) + _simplex_optimizers(model, stage, chosen)
+    optimizers += _row_optimizers(model, stage, chosen, seed) + _simplex_optimizers(model, stage, chosen)
+    return optimizers + _plain_optimizers(stage, chosen)
 
 
 def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float, progress: float = 0.0) -> None:
@@ -104,6 +106,15 @@ def _simplex_optimizers(
     return [ExponentiatedGradient(entries, rows)]
 
 
+def _plain_optimizers(stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """SGD for all groups that ask for it, dual ascent for those that do."""
+    groups = [(g, list(m.values())) for g, m in zip(stage.groups, chosen, strict=True)]
+    sgd = [{"params": m, "momentum": g.momentum, **_rates(stage, g)} for g, m in groups if g.optimizer == "sgd"]
+    dual = [{"params": m, "peak": g.lr, "end": g.lr_end} for g, m in groups if g.optimizer == "dual_ascent"]
+    made: list[torch.optim.Optimizer] = [torch.optim.SGD(sgd, lr=0.0)] if sgd else []
+    return [*made, DualAscent(dual)] if dual else made
+
+
 def _row_optimizers(
     model: nn.Module, stage: Stage, chosen: Sequence[Mapping[str, nn.Parameter]], seed: int
 ) -> list[torch.optim.Optimizer]:
@@ -114,12 +125,11 @@ def _row_optimizers(
         entry = {"params": list(members.values()), "lr": 0.0, **_rates(stage, group)}
         groups.setdefault(group.optimizer, []).append(entry)
     held = row_parameters(table for table in tables if table.frozen is not None and bool(table.frozen.any()))
-    for name, parameter in (
-        (n, p) for g, m in zip(stage.groups, chosen) if g.optimizer == "adamw" for n, p in m.items()
-    ):
+    dense = [(g, m) for g, m in zip(stage.groups, chosen, strict=True) if g.optimizer in ("adamw", "sgd")]
+    for by, name, parameter in ((g.optimizer, n, p) for g, m in dense for n, p in m.items()):
         if parameter in held:
             raise ValueError(
-                f"stage {stage.name}: {name} has frozen rows, which adamw would move by its weight decay and momentum; "
+                f"stage {stage.name}: {name} has frozen rows, which {by} would move by its weight decay and momentum; "
                 "give its group optimizer=lazy_adamw or rowwise_adagrad."
             )
     made: list[torch.optim.Optimizer] = []

@@ -30,20 +30,25 @@ class ParamGroup:
     """Whose batches give the gradient: `val` for parameters that learn on held-out data."""
     name: str = ""
     """For plans; the globs where it is empty."""
-    optimizer: Literal["adamw", "lazy_adamw", "rowwise_adagrad", "exponentiated_gradient"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lazy_adamw", "rowwise_adagrad", "exponentiated_gradient", "dual_ascent"] = (
+        "adamw"
+    )
     """What learns tables of neurons: AdamW over every row, the same over retrieved rows only, or row-wise Adagrad.
     Parameters of the group that are no table have AdamW in any case. `exponentiated_gradient` learns the logits of
-    mixture weights, and nothing else."""
+    mixture weights, and nothing else. `sgd` adds its weight decay to the gradient. `dual_ascent` climbs the multipliers
+    of constraints, whose gradients are the violations, and restarts them at 0 where a constraint is kept."""
+    momentum: float = 0.0
+    """Of `sgd`; the others have their own."""
     lr_end: float = 1.0
     """Share of `lr` that is left at the last step, falling linearly: tables may begin at 4 to 10 times the rate of the
     rest and end at it (Huang et al. 2024, arXiv 2411.12364)."""
     delay: float = 0.0
     """Share of the steps before it learns: until then it is frozen, and its optimiser has seen nothing."""
-    clip: bool = True
+    clip: bool | float = True
     """Whether its gradient counts in the norm that the stage clips, and is clipped: not where it lives on another
-    scale than the rest, as mixture weights do."""
+    scale than the rest, as mixture weights do. A number: the largest norm of this group by itself."""
     weight_decay: float | None = None
-    """Decoupled weight decay; None: the stage's."""
+    """Decoupled weight decay, but of `sgd`; None: the stage's."""
     turn: tuple[int, int] | None = None
     """(which, of how many): it learns in every so many steps only, and is frozen in the turns of others."""
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,15 @@ from mixwright.recipe import TrainConfig
 from mixwright.training.across import share_reads, sum_gradients
 from mixwright.training.checkpoint import Snapshot
 from mixwright.training.gradients import clip_gradients, no_rows, settle, touched_rows
-from mixwright.training.moving import following, moving_buffers, pool_over, pooling, refuse_sharded, tell_progress
+from mixwright.training.moving import (
+    following,
+    moving_buffers,
+    pool_over,
+    pooling,
+    refuse_sharded,
+    settling,
+    tell_progress,
+)
 from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
 from mixwright.training.randomness import seed_pass
 from mixwright.training.row_optimizer import AbstractRowOptimizer
@@ -63,6 +71,7 @@ class Updater:
                 optimizer.reads = {p: [] for p in optimizer.tables}
         self._following = following(model)
         self._pooling = pooling(model)
+        self._settling = settling(model)
         pool_over(dict.fromkeys(self._pooling, config.accumulate))
         self.autocast = _DTYPES.get(config.precision) or _low_precision(model)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.autocast is torch.float16)
@@ -260,13 +269,19 @@ class Updater:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
+        for module in self._settling:
+            cast(Any, module).after_step()
 
     def _clipped(self) -> float:
         """The norm of the gradients that are clipped together; not finite where that of the others is not."""
         limit = math.inf if self.stage.clip is None else self.stage.clip
-        apart = self._members(lambda group: not group.clip)
+        apart = self._members(lambda group: group.clip is not True)
         norm = clip_gradients([p for p in self.parameters.values() if p not in apart], limit).item()
-        return norm + 0.0 * clip_gradients(apart, math.inf).item() if apart else norm
+        for group, members in zip(self.stage.groups, self.chosen, strict=True):
+            if group.clip is not True:
+                own = math.inf if group.clip is False else group.clip
+                norm += 0.0 * clip_gradients(members.values(), own).item()
+        return norm
 
     def _climbing(self) -> Sequence[nn.Parameter]:
         climbing = self._members(lambda group: group.maximize)

@@ -1,0 +1,55 @@
+"""Where experts that are masks act together: their union, and pairwise overlap beside what chance would give."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.ops.hard_concrete import DEAD
+
+_CHUNK = 1 << 18
+
+
+class Overlap(NamedTuple):
+    """Shares of all weights. `density` (experts,): not masked out. `union`: by all of them at once, none left out.
+
+    `iou` (experts, experts): |i and j| / |i or j|, and `chance`: p q / (p + q - p q), what independent masks of these
+    densities would have. `fractional`: masks that are neither 0 nor 1, of all masks.
+    """
+
+    density: Float[Tensor, " experts"]
+    union: float
+    iou: Float[Tensor, "experts experts"]
+    chance: Float[Tensor, "experts experts"]
+    fractional: float
+
+
+@torch.no_grad()
+def overlap(deltas: SparseDeltas, names: tuple[str, ...] | None = None) -> Overlap:
+    """Over every weight that may change, or over those of the parameters in `names`."""
+    device = deltas.multipliers.device
+    shared = torch.zeros((deltas.num_experts, deltas.num_experts), dtype=torch.float64, device=device)
+    either, between, total = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    for name in deltas.names if names is None else names:
+        logits, delta = (part[name.replace(".", "/")] for part in (deltas.logits, deltas.delta))
+        rows = logits.reshape(deltas.num_experts, -1)
+        width = delta.numel() / max(rows.shape[1], 1)
+        total += delta.numel()
+        for chunk in rows.split(_CHUNK, 1):
+            acting = (chunk.float() > DEAD).float()
+            shared += width * (acting @ acting.T).double()
+            either += width * (acting.amax(0).sum().double() if chunk.shape[1] else 0.0)
+            between += width * ((chunk.float().abs() < -DEAD).sum().double())
+    density = shared.diagonal() / total.clamp_min(1)
+    p, q = density[:, None], density[None, :]
+    least = torch.finfo(torch.float64).tiny
+    ones = shared.diagonal()
+    return Overlap(
+        density=density.float(),
+        union=float(either / total.clamp_min(1)),
+        iou=(shared / (ones[:, None] + ones[None, :] - shared).clamp_min(least)).float(),
+        chance=(p * q / (p + q - p * q).clamp_min(least)).float(),
+        fractional=float(between / (total * deltas.num_experts).clamp_min(1)),
+    )

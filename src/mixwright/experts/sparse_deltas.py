@@ -1,0 +1,165 @@
+"""Sparse interpolated experts: many masks over one change of all weights."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.experts.base import AbstractDeltas
+from mixwright.ops.hard_concrete import LIMIT, expected_l0, hard_count, mask
+from mixwright.ops.interpolate import interpolate
+from mixwright.routing import Routing
+
+Granularity = Literal["weight", "row", "tensor"]
+
+
+class SparseDeltas(AbstractDeltas):
+    """theta + (sum_m w_m z_m) * delta: M masks z_m in [0, 1] over one shared change (Chen et al. 2024, section 3).
+
+    Since the weights w sum to 1, each coefficient is in [0, 1]: an interpolation, for each weight, between theta and
+    theta + delta. `shapes`: of the parameters that may change, by name. Parameters: `delta.<key>` like the tensor, and
+    `logits.<key>` (experts, *unit), one for each weight, row or tensor as `granularity` says; a key is a name with "/"
+    for ".". `multipliers` (experts,): Lagrange multipliers of the sparsity constraint. Experts that
+    are `frozen` stay what they are through training: their masks, and the change wherever they act.
+
+    `noise`: in training, masks are drawn with concrete noise. `regrowth`: the slope with which masks at 0 and at 1
+    still feel the task, since nothing else would bring a dead one back.
+    """
+
+    frozen: Tensor
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        num_experts: int,
+        granularity: Granularity = "weight",
+        seed: int = 0,
+        *,
+        noise: bool = False,
+        regrowth: float = 0.0,
+    ) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.num_experts, self.noise, self.regrowth = num_experts, noise, regrowth
+        self.names = tuple(shapes)
+        self.delta = nn.ParameterDict({_key(name): torch.zeros(shape) for name, shape in shapes.items()})
+        self.logits = nn.ParameterDict(
+            {
+                _key(name): torch.randn(num_experts, *unit_of(shape, granularity), generator=draw) * 0.5
+                for name, shape in shapes.items()
+            }
+        )
+        self.multipliers = nn.Parameter(torch.zeros(num_experts))
+        self.register_buffer("frozen", torch.zeros(num_experts, dtype=torch.bool), persistent=False)
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, routing: Routing) -> dict[str, Tensor]:
+        """(sum_m w_m z_m) * delta by name."""
+        changes: dict[str, Tensor] = {}
+        for name in self.names:
+            delta, masks = self.delta[_key(name)], self.masks(name)
+            share = torch.einsum("m,m...->...", routing.dense().to(masks.dtype), masks)
+            changes[name] = share.reshape(share.shape + (1,) * (delta.dim() - share.dim())) * delta
+        return changes
+
+    def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
+        """As the base class says; what no acting expert unmasks keeps its bits. Gradients by the leaf trick."""
+        weights = routing.dense()
+        seed = int(torch.randint(1 << 31, ())) if self.noise and self.training else None
+        if self.training and not self._kept:
+            self._keep()
+        adapted: dict[str, Tensor] = {}
+        for index, name in enumerate(self.names):
+            drawn = None if seed is None else seed + index
+            adapted[name] = interpolate(
+                base[name],
+                self.delta[_key(name)],
+                self.logits[_key(name)],
+                weights,
+                strength,
+                noise=drawn,
+                regrowth=self.regrowth,
+            )
+        return adapted
+
+    def masks(self, name: str) -> Float[Tensor, " experts *unit"]:
+        """z_m of one parameter."""
+        return mask(self.logits[_key(name)])
+
+    def expected_l0(self) -> Float[Tensor, " experts"]:
+        """q_m: the smooth share of weights that act, by which the masks learn to be sparse."""
+        total = self.num_weights
+        parts = [expected_l0(self.logits[_key(name)]) * (self._size(name) / total) for name in self.names]
+        return torch.stack(parts).sum(0)
+
+    @torch.no_grad()
+    def sparsity(self) -> Float[Tensor, " experts"]:
+        """The share of all weights that each expert masks out, counted: exact zeros, as they are served."""
+        acting = torch.zeros(self.num_experts, dtype=torch.float64, device=self.multipliers.device)
+        for name in self.names:
+            logits = self.logits[_key(name)]
+            acting += hard_count(logits).double() * (self._size(name) / max(logits[:1].numel(), 1))
+        return (1.0 - acting / self.num_weights).float()
+
+    @property
+    def num_weights(self) -> int:
+        """P, the weights that may change."""
+        return sum(self._size(name) for name in self.names)
+
+    def freeze(self, expert: int, frozen: bool = True) -> None:
+        """Keep an expert through training as it is now, or let it learn again."""
+        self.frozen[expert] = frozen
+        self._kept.clear()
+
+    @torch.no_grad()
+    def binarise(self, rescale: bool = True) -> None:
+        """Every mask to 0 or 1, whichever is nearer; 1/2 is 1.
+
+        `rescale`: each weight's change is multiplied by the mean of the masks that became 1 there, the nearest that one
+        shared change comes to what the experts were.
+        """
+        for name in self.names:
+            logits, delta = self.logits[_key(name)], self.delta[_key(name)]
+            if rescale:
+                kept = logits >= 0
+                share = (mask(logits) * kept).sum(0) / kept.sum(0).clamp_min(1)
+                share = share.masked_fill(~kept.any(0), 1.0)
+                delta.mul_(share.reshape(share.shape + (1,) * (delta.dim() - share.dim())))
+            logits.copy_(torch.where(logits >= 0, LIMIT, -LIMIT))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After an optimiser's step: logits within +- log 100, and frozen experts as they were."""
+        for name in self.names:
+            logits, delta = self.logits[_key(name)], self.delta[_key(name)]
+            logits.clamp_(-LIMIT, LIMIT)
+            if name in self._kept:
+                before, change = self._kept[name]
+                logits[self.frozen] = before
+                delta.copy_(torch.where(_alive(before, delta), change, delta))
+
+    def _keep(self) -> None:
+        if bool(self.frozen.any()):
+            for name in self.names:
+                logits, delta = self.logits[_key(name)].detach(), self.delta[_key(name)].detach()
+                self._kept[name] = logits[self.frozen].clone(), delta.clone()
+
+    def _size(self, name: str) -> int:
+        return self.delta[_key(name)].numel()
+
+
+def unit_of(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
+    """The shape of one expert's mask of a parameter."""
+    return {"weight": tuple(shape), "row": tuple(shape[:1]), "tensor": ()}[granularity]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _alive(logits: Tensor, delta: Tensor) -> Tensor:
+    """Where any of these masks is not 0, in the shape of the change."""
+    alive = (mask(logits) != 0).any(0)
+    return alive.reshape(alive.shape + (1,) * (delta.dim() - alive.dim())).expand(delta.shape)

@@ -1,0 +1,93 @@
+"""The method's card and its configuration."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from mixwright.methods.base import Method, Paper
+from mixwright.recipe import Count
+
+Share = Annotated[float, Ge(0), Le(1)]
+Rate = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmatConfig:
+    """Chen et al. 2024 (arXiv 2403.08477); symbols and defaults are the paper's, of its ViT-S runs."""
+
+    experts: Count = 8
+    """M, the sparse experts: masks over one shared change."""
+    sparsity: Share = 0.9
+    """tau: the share of weights that each expert must leave as pretrained."""
+    features: Literal["auto", "cls", "pooled", "mean", "custom"] = "auto"
+    """What of the backbone's output is an item's vector; see `composition.features`. `mw.compose` takes a function of
+    the model and the inputs as well, which is written down as `custom`."""
+    feature_width: Count | None = None
+    """Width of the features, where the backbone's config does not tell."""
+    include: tuple[str, ...] = ("*",)
+    """Globs over parameter names: what may change."""
+    exclude: tuple[str, ...] = ()
+    """Globs over parameter names: what stays as pretrained."""
+    granularity: Literal["weight", "row", "tensor"] = "weight"
+    """What a mask decides about: each weight (the paper), each row of a tensor, or each tensor."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of masks, keys and tokens."""
+
+    scale: Annotated[float, Gt(0)] = 10.0
+    """What cosines to prototypes are multiplied with."""
+    inner_rate: Rate = 1e-3
+    """Learning rate of the inner step on the support set, first order; 0 leaves it out."""
+    distillation: Share = 0.25
+    """Share of the loss that is distillation."""
+    from_teacher: bool = True
+    """Distil from the dense teacher: the adapted weights after one step on the queries."""
+    from_pretrained: bool = True
+    """Distil from the pretrained model's own prototypes."""
+    teacher_rate: Rate = 0.005
+    """Learning rate of the teacher's step."""
+    distillation_temperature: Annotated[float, Gt(0)] = 2.0
+    """T of both distillation terms."""
+    gate_penalty: Rate = 1e-4
+    """Weight of the mean square of the gate logits."""
+
+    steps: Count = 12500
+    """Updates of stage *meta-tune*; the paper has 4 episodes in each (`train.accumulate`)."""
+    learning_rate: Rate = 1e-4
+    """Of the shared change, by SGD with momentum 0.9."""
+    weight_decay: Rate = 1e-4
+    """Of the shared change."""
+    mask_learning_rate: Rate = 0.046
+    """Of the mask logits, by SGD, times the number of weights: the paper's 1e6 for 21.7 M."""
+    multiplier_learning_rate: Rate = 2e-3
+    """Of the Lagrange multipliers."""
+    router_learning_rate: Rate = 1e-4
+    """Of the router, by AdamW."""
+    warmup: Share = 0.1
+    """Share of the steps in which the learning rates rise."""
+    cooldown: Share = 0.9
+    """Share of the steps in which they fall."""
+
+
+METHOD = Method(
+    name="smat",
+    trains="composition",
+    summary="sparse interpolated experts, chosen from a support set: few-shot classification out of distribution",
+    config=SmatConfig,
+    paper=Paper(
+        title="Unleashing the Power of Meta-tuning for Few-shot Generalization Through Sparse Interpolated Experts",
+        authors="Shengzhuang Chen, Jihoon Tack, Yunqiao Yang, Yee Whye Teh, Jonathan Richard Schwarz, Ying Wei",
+        year=2024,
+        arxiv="2403.08477",
+        bibtex="""@inproceedings{chen2024unleashing,
+  title = {Unleashing the Power of Meta-tuning for Few-shot Generalization Through Sparse Interpolated Experts},
+  author = {Chen, Shengzhuang and Tack, Jihoon and Yang, Yunqiao and Teh, Yee Whye and Schwarz, Jonathan Richard and
+            Wei, Ying},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  eprint = {2403.08477},
+  archivePrefix = {arXiv},
+  url = {https://arxiv.org/abs/2403.08477}
+}""",
+    ),
+)

@@ -1,0 +1,79 @@
+"""Sparse interpolated experts (Chen et al. 2024), from top to bottom.
+
+1. Support set: its frozen features, averaged by class, go through the router: weights alpha (M,) (`SupportSetRouter`).
+2. Masks: z_m = hard concrete of logits L_m (`ops.hard_concrete`), the same map in training and serving.
+3. Weights of the episode: theta = theta_pre + (sum_m alpha_m z_m) * delta (`SparseDeltas`), one delta for all experts.
+4. Queries: cosines to the class means of the support under theta, times 10 (`ops.prototypes`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixwright.backbones.hf import provenance
+from mixwright.composition.episodic import EpisodicModel
+from mixwright.composition.features import width_of
+from mixwright.composition.model import Composition
+from mixwright.experts.maskable import maskable
+from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.methods.smat.config import METHOD, SmatConfig
+from mixwright.routers.support_set import SupportSetRouter
+
+if TYPE_CHECKING:
+    from mixwright.catalog.store import Catalog
+
+
+def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> "FewShotModel":
+    """A pool of fresh experts around one backbone, whose change is zero: until it is trained it acts as the backbone.
+
+    Everything random depends on `config.seed`. Raises ValueError for globs that select nothing and for a backbone whose
+    features have no known width.
+    """
+    if len(backbones) != 1 or catalog is not None:
+        raise ValueError("smat trains a pool of its own on one backbone; give no catalogue.")
+    (backbone,) = backbones
+    shapes = maskable(backbone, config.include, config.exclude)
+    device = next(backbone.parameters()).device
+    width = config.feature_width or width_of(backbone, config.features)
+    router = SupportSetRouter(width, config.experts, config.seed).to(device)
+    deltas = SparseDeltas(shapes, config.experts, config.granularity, config.seed).to(device)
+    return assemble(config, backbone, router, deltas)
+
+
+def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: SparseDeltas) -> "FewShotModel":
+    """The model of these parts."""
+    kind = "custom" if callable(config.features) else config.features
+    described = Composition(
+        method=METHOD.name,
+        config=asdict(replace(config, features=kind)),  # type: ignore[arg-type]
+        backbone=provenance(backbone),
+        citation=METHOD.paper.bibtex,
+    )
+    names = tuple(f"expert-{i}" for i in range(deltas.num_experts))
+    model = FewShotModel(backbone, router, deltas, names, features=config.features, composition=described)
+    return model.train(backbone.training)
+
+
+class FewShotModel(EpisodicModel):
+    """A backbone with a pool of sparse interpolated experts: a support set picks its own weights, with no gradient."""
+
+    @property
+    def router(self) -> SupportSetRouter:
+        """Chooses among the experts."""
+        found = self.mixture.router
+        assert isinstance(found, SupportSetRouter)
+        return found
+
+    @property
+    def deltas(self) -> SparseDeltas:
+        """The experts."""
+        found = self.mixture.experts
+        assert isinstance(found, SparseDeltas)
+        return found
+
+    def sparsity(self) -> Float[Tensor, " experts"]:
+        """The share of weights that each expert leaves as pretrained, counted."""
+        return self.deltas.sparsity()
