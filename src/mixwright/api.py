@@ -25,11 +25,12 @@ from mixwright.methods.base import Method
 from mixwright.methods.base import load as load_method
 from mixwright.recipe import Recipe, read_recipe
 from mixwright.training.compositions import check_composition, train_composition, with_task_names
+from mixwright.training.episode_sources import read_domains
 from mixwright.training.experts import check_expert, open_shelf, train_expert
-from mixwright.training.job import open_job
+from mixwright.training.job import open_episode_job, open_job
 from mixwright.training.run import Request, TrainingReport
 from mixwright.training.sign import sign_expert, signature_of
-from mixwright.training.sources import read_texts
+from mixwright.training.sources import Texts, read_texts
 
 
 def compose(
@@ -81,10 +82,15 @@ def train(
     card = load_method(settings.method)
     if card.trains == "composition":
         settings = with_task_names(_with_stored_config(settings), card.config)
-    stages = card.stages(configuration.decode(card.config, settings.config, where="recipe.config"))
+    config = configuration.decode(card.config, settings.config, where="recipe.config")
+    stages = card.stages(config)
     (check_composition if card.trains == "composition" else check_expert)(settings)
     sources = settings.sources(card.backbones)
-    texts = read_texts(settings.data)
+    read = (
+        read_domains(settings.data, config.episodes, settings.seed)
+        if card.reads == "episodes"
+        else read_texts(settings.data)
+    )
     loaded = [
         load_backbone(
             source.path,
@@ -96,8 +102,10 @@ def train(
         for source in sources
     ]
     backbone = loaded[0] if card.backbones == "one" else nn.ModuleList(loaded)
-    tokenizer = load_tokenizer(sources[0].path, revision=sources[0].revision)
-    job = open_job(settings, texts, backbone, tokenizer)
+    if isinstance(read, Texts):
+        job = open_job(settings, read, backbone, load_tokenizer(sources[0].path, revision=sources[0].revision))
+    else:
+        job = open_episode_job(settings, config.episodes, read, backbone)
     request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
     if card.trains == "composition":
         return train_composition(job, stages, _onto, request)

@@ -1,6 +1,6 @@
 """A saved composition becomes a model again: its folder is checked, its backbone recognised, its mixtures put back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from mixwright import config as configuration
 from mixwright.backbones.hf import fetch, load_backbone
 from mixwright.catalog.document import parse
+from mixwright.composition.base_digests import first_difference
 from mixwright.composition.components import FOLDER as COMPONENTS
 from mixwright.composition.components import read_component
 from mixwright.composition.ledger import LEDGER, TEXTS, read_entries
 from mixwright.composition.model import ComposedModel, Composition
+from mixwright.composition.restoring import of_whole
 from mixwright.composition.saving import (
     ADDED,
     COMPOSITION,
@@ -67,7 +69,7 @@ def load(
         model = _several(stored, folder, lock, backbone, {"device_map": device_map, "dtype": dtype}, name)
     else:
         model = _backbone(stored.backbone, _one(backbone), device_map, dtype)
-        _recognise(model, stored.backbone, name)
+        _recognise(model, stored.backbone, name, of_whole(state)[1])
     composed = card.restore(settings, model, state, stored.pool)
     composed.composition = Composition(
         method=stored.method,
@@ -133,7 +135,7 @@ def read_added(folder: Path, lock: dict[str, Any], name: str) -> dict[str, Tenso
         raise CatalogError("HEADER", where, f"its header claims {length} bytes; it is cut off or no safetensors file.")
     header = parse(data[8 : 8 + length], where, code="HEADER")
     for tensor, entry in header.items():
-        accepted = _TABLE_DTYPES if ".table." in tensor else _DTYPES
+        accepted = _TABLE_DTYPES if ".table." in tensor or ".packed." in tensor else _DTYPES
         if tensor != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in accepted):
             raise CatalogError("DTYPE", where, f"{tensor[:80]!r} has a dtype that no composition has.")
     try:
@@ -222,14 +224,18 @@ def _backbone(stored: StoredBackbone, given: Any, device_map: Any, dtype: Any) -
     )
 
 
-def _recognise(backbone: nn.Module, stored: StoredBackbone, name: str) -> None:
-    found = fingerprint(backbone)
-    if found != stored.fingerprint:
+def _recognise(
+    backbone: nn.Module, stored: StoredBackbone, name: str, whole: Mapping[str, Tensor] | None = None
+) -> None:
+    """Refuse another backbone: by its fingerprint, and by every bit where `whole` holds the digests of its tensors."""
+    found, differs = fingerprint(backbone), first_difference(whole or {}, backbone)
+    if found != stored.fingerprint or differs is not None:
+        where = "" if differs is None else f" The first that differs is {differs}."
         raise IncompatibleExpert(
             "BASE",
             name,
-            f"it stands on {stored.architecture} {stored.path!r} with the fingerprint "
-            f"{stored.fingerprint}; this backbone has {found}. Give the backbone that it was composed on.",
+            f"it stands on {stored.architecture} {stored.path!r} with the fingerprint {stored.fingerprint}; this "
+            f"backbone has {found}.{where} Give the backbone that it was composed on.",
         )
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from mixwright.config import decode, override, read_yaml
 
@@ -71,6 +71,11 @@ class DataConfig:
     checkpoints are to be chosen, `validation.jsonl`; `task.json` names its labels."""
     new_tasks: dict[str, Source] | None = None
     """Tasks with few examples to which a trained composition is carried over, by name."""
+    domains: dict[str, Source] | None = None
+    """For methods that read episodes, in place of `train`: domains of labelled images or texts, by name. Each is class
+    folders, a .zip of them, a .jsonl, .csv or .tsv table, an .npz file, or a hub data set."""
+    held_out_domains: dict[str, Source] | None = None
+    """Domains on which it is only looked how well the method does, by name."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """A task's share of a mixture is proportional to its size to the power 1 / this: 1 is by size, large is uniform."""
     size_cap: Count | None = None
@@ -91,6 +96,35 @@ class DataConfig:
     """Texts of the labels, in the order of their numbers; None takes those that occur."""
     general: Source | None = None
     """General text on which an expert's harm is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    """Which episodes are drawn from domains, for methods that read them: `config.episodes`."""
+
+    ways: Count | tuple[Count, Count] = (5, 50)
+    """Classes of an episode: a number, or the fewest and the most."""
+    shots: Count | None = None
+    """Items of each class to learn from; None: they vary, as in Meta-Dataset, within `support` and `per_class`."""
+    queries: Count = 10
+    """Items of each class to be asked, at most half of the smallest class."""
+    support: Count = 500
+    """The most items to learn from."""
+    per_class: Count = 100
+    """A class counts as no larger than this when the size of the support is drawn."""
+    imbalance: Annotated[float, Ge(1)] = 2.0
+    """The most by which a class is over- or under-represented in the support."""
+    hierarchy: bool = True
+    """Whether the classes of an episode are of one group, where classes have groups."""
+    augment: Literal["none", "shapes", "photos"] = "photos"
+    """How training images are varied: cropped, mirrored and their colours moved; `shapes`, for writing and drawings,
+    less so and never mirrored."""
+    image_size: Count | None = None
+    """The side of images in pixels; None: what the backbone was made for."""
+    held_out_classes: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the classes of each training domain that is not trained on but looked at beside the held-out domains."""
+    held_out_episodes: Count = 120
+    """Episodes of each domain that is looked at, always the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

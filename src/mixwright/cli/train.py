@@ -120,7 +120,12 @@ def _show_plan(report: "TrainingReport") -> None:
 
 
 def _say_tasks(report: "TrainingReport") -> None:
-    listed = (("tasks", report.tasks), ("held out", report.validation_tasks), ("new tasks", report.new_tasks))
+    listed = (
+        ("tasks", report.tasks),
+        ("domains", report.domains),
+        ("held out", report.validation_tasks),
+        ("new tasks", report.new_tasks),
+    )
     for words, tasks in listed:
         if tasks:
             console().print(f"{words}: {', '.join(f'{name} ({count})' for name, count in tasks.items())}", markup=False)

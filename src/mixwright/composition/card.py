@@ -42,9 +42,14 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         *(_unnamed_text(stored) if unnamed else ()),
         "## Settings" if unnamed else "## Routing",
         "",
-        *(f"- `{plain(key)}`: {plain(value)}" for key, value in stored.config.items() if key != "tasks"),
+        *(f"- `{plain(key)}`: {_listed(value)}" for key, value in stored.config.items() if key != "tasks"),
     ]
     return cited(lines, composition)
+
+
+def _listed(value: Any) -> str:
+    """A setting; lists and tuples, which a file does not tell apart, as one thing."""
+    return plain(", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else value)
 
 
 def _tasks(stored: "StoredComposition") -> list[str]:

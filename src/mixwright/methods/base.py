@@ -46,6 +46,8 @@ class Method:
     trains: Literal["expert", "composition"] = "expert"
     """What `mixwright train` makes: experts one at a time, for a catalogue, or a whole composition, which it saves. A
     config of the latter that has `tasks` gets the names of the recipe's tasks where it names none."""
+    reads: Literal["text", "episodes"] = "text"
+    """What training reads: texts, or episodes of domains; the config of a method that reads these has `episodes`."""
     backbones: Literal["one", "several"] = "one"
     """How many pretrained models it composes. One that takes several hands `build` of its stages an `nn.ModuleList`."""
 

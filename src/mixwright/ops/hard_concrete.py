@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixwright.ops import mask_kernels
+
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 DEAD = BETA * math.log(-GAMMA / ZETA)
 """About -1.5986: at and below it the mask is 0, and no gradient comes through it."""
@@ -51,7 +53,8 @@ def expected_l0(logits: Float[Tensor, " experts *units"]) -> Float[Tensor, " exp
 
 def hard_count(logits: Float[Tensor, " experts *units"]) -> Int[Tensor, " experts"]:
     """How many masks of each expert are not exactly 0."""
-    return (_wide(logits) > DEAD).reshape(logits.shape[0], -1).sum(1)
+    found = mask_kernels.mask_sums(logits, expected=False)
+    return (_wide(logits) > DEAD).reshape(logits.shape[0], -1).sum(1) if found is None else found[1]
 
 
 def concrete_noise(like: Float[Tensor, "*units"], generator: torch.Generator | None) -> Float[Tensor, "*units"]:
@@ -78,6 +81,9 @@ class _ExpectedL0(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
         rows = logits.reshape(logits.shape[0], -1)
+        found = mask_kernels.mask_sums(logits, expected=True)
+        if found is not None:
+            return found[0] / max(rows.shape[1], 1)
         total = torch.zeros(len(rows), dtype=_dtype(logits), device=logits.device)
         for chunk in rows.split(_CHUNK, 1):
             total += torch.sigmoid(_wide(chunk) - DEAD).sum(1)
@@ -90,6 +96,9 @@ class _ExpectedL0(torch.autograd.Function):
             s = torch.sigmoid(_wide(logits) - DEAD)
             return _scaled(s * (1.0 - s), grad).to(logits.dtype)
         rows = logits.reshape(logits.shape[0], -1)
+        found = mask_kernels.expected_l0_backward(logits, grad / max(rows.shape[1], 1))
+        if found is not None:
+            return found
         out = torch.empty_like(rows)
         for chunk, into in zip(rows.split(_CHUNK, 1), out.split(_CHUNK, 1), strict=True):
             s = torch.sigmoid(_wide(chunk) - DEAD)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mixwright.ops import mask_kernels
 from mixwright.ops.hard_concrete import concrete_noise, mask, slope_at
 
 CHUNK = 1 << 15
@@ -117,6 +118,9 @@ def interpolated(
     """`interpolate`'s value."""
     dtype = _dtype(base, delta, logits)
     scale, masked = strength * weights.to(dtype), _units(logits)
+    found = None if noise is not None else mask_kernels.interpolated(base, delta, logits, scale)
+    if found is not None:
+        return found
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     into, before, change = (_by_unit(tensor, masked) for tensor in (out, base, delta))
     for rows, parts, seen in _blocks(masked, change.shape[1], noise):
@@ -142,6 +146,9 @@ def gradients(
     """The gradients of delta, logits and weights, as far as `wanted`, from `grad`, that of the adapted parameter."""
     dtype = _dtype(grad, delta, logits)
     scale, masked = strength * weights.to(dtype), _units(logits)
+    native = None if noise is not None else mask_kernels.gradients(delta, logits, scale, grad, regrowth, wanted)
+    if native is not None:
+        return *native[:2], (strength * native[2]).to(weights.dtype) if wanted[2] else None
     to_delta = torch.empty_like(delta, memory_format=torch.contiguous_format) if wanted[0] else None
     to_logits = torch.empty_like(masked, memory_format=torch.contiguous_format) if wanted[1] else None
     to_weights = torch.zeros_like(scale)

@@ -27,7 +27,7 @@ SETTINGS = ("auto", "built", "off")
 NATIVE = Path(__file__).parent / "native"
 SOURCES = tuple(NATIVE / name for name in (
     "lora.c", "tensor_product.c", "neuron.c", "neuron_backward.c", "neuron_rows.c", "row_update.c",
-    "product_key.c", "selected_scores.c",
+    "product_key.c", "selected_scores.c", "interpolate.c",
 ))  # fmt: skip
 HEADERS = tuple(NATIVE / name for name in ("turn.h", "rows.h", "neuron.h", "row_top.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
@@ -58,6 +58,10 @@ class Kernels(NamedTuple):
     replay_rows: Callable[..., None]
     adagrad_rows: Callable[..., None]
     decay_rows: Callable[..., None]
+    interpolate: Callable[..., None]
+    interpolate_backward: Callable[..., None]
+    mask_sums: Callable[..., None]
+    expected_l0_backward: Callable[..., None]
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -78,6 +82,10 @@ _ARGUMENTS = {
     "replay_rows": "p" * 5 + "iii" + "p" * 6 + "ifi",
     "adagrad_rows": "p" * 4 + "iiii" + "fff" + "i",
     "decay_rows": "ppp" + "iiii",
+    "interpolate": "p" * 5 + "ii",
+    "interpolate_backward": "p" * 7 + "iii" + "f",
+    "mask_sums": "ppp" + "iii",
+    "expected_l0_backward": "ppp" + "ii",
 }
 """What each of `Kernels` takes: p a pointer, i an int64, f a float."""
 _RETURNS = {

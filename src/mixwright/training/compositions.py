@@ -11,6 +11,7 @@ from torch import nn
 from mixwright.composition.components import ledger_of
 from mixwright.composition.model import ComposedModel
 from mixwright.data.batches import Batches
+from mixwright.data.episode_batches import support_batches
 from mixwright.data.mixture import numbered
 from mixwright.recipe import Recipe
 from mixwright.training.fit import fit
@@ -169,14 +170,14 @@ def _chosen(job: Job, stages: Sequence[Stage], only: str | None) -> tuple[Stage,
         return _covered(job, stages)
     (stage,) = choose(stages, only)
     if stage not in _covered(job, stages):
-        key = "data.new_tasks" if stage.data == "new_tasks" else "data.tasks"
+        key = "data.new_tasks" if stage.data == "new_tasks" else "data.domains" if job.supports else "data.tasks"
         raise ValueError(f"recipe.{key}: missing; stage {stage.name} learns from it.")
     return (stage,)
 
 
 def _covered(job: Job, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """The stages whose data the recipe has."""
-    there = {"train": job.data is not None, "new_tasks": bool(job.new_tasks)}
+    there = {"train": job.data is not None, "new_tasks": bool(job.new_tasks or job.supports)}
     return tuple(stage for stage in stages if there[stage.data])
 
 
@@ -212,6 +213,8 @@ def _data(job: Job, stage: Stage) -> Batches:
     if stage.data == "train":
         assert job.data is not None
         return job.data
+    if job.supports:
+        return support_batches(job.supports, ",".join(domain.digest for domain in job.supports.values()))
     return batches(job.recipe, tuple(job.new_tasks.values()), job.tokenizer, job.kind, mixed=True)
 
 

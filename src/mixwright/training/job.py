@@ -5,23 +5,35 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
-from mixwright.backbones.hf import provenance
+from mixwright.backbones.hf import load_tokenizer, provenance
+from mixwright.backbones.image_settings import load_image_settings
 from mixwright.composition.model import ComposedModel
 from mixwright.config import encode
 from mixwright.data.batches import Batches
 from mixwright.data.collate import Kind, Tokenizer
+from mixwright.data.domains import Domain
 from mixwright.data.tasks import TextTask
 from mixwright.ops.digest import fingerprint
-from mixwright.recipe import Recipe
+from mixwright.recipe import EpisodeConfig, Recipe, TrainConfig
+from mixwright.training.episode_sources import (
+    Domains,
+    check_readable,
+    held_out_episodes,
+    readable,
+    training_episodes,
+)
 from mixwright.training.sources import Texts, batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A recipe with everything it names opened. `data`: of `data.train` or `data.tasks`; None without either."""
+    """A recipe with everything it names opened. `data`: of `data.train`, `data.tasks` or `data.domains`; None without
+    any. Where episodes are read, `supports` are the new tasks, `domains` says how many items each domain has, and there
+    is a tokenizer only for texts."""
 
     recipe: Recipe
     folder: Path
@@ -31,6 +43,8 @@ class Job:
     data: Batches | None
     validation: Batches | None
     new_tasks: Mapping[str, TextTask] = field(default_factory=dict[str, TextTask])
+    supports: Mapping[str, Domain] = field(default_factory=dict[str, Domain])
+    domains: Mapping[str, int] = field(default_factory=dict[str, int])
     identity: Mapping[str, str]
     load: Callable[[str], ComposedModel] | None = None
     """Opens a composition that an earlier stage left, by its folder; where compositions are trained."""
@@ -47,31 +61,75 @@ def open_job(recipe: Recipe, texts: Texts, backbone: nn.Module, tokenizer: Token
 
     Raises ValueError naming the key of the recipe, or the task, that is missing or wrong.
     """
-    if recipe.output_dir is None:
-        raise ValueError("recipe.output_dir: missing; training needs a folder for its checkpoints.")
+    folder = _folder(recipe)
     kind = _kind(recipe, backbone)
     data, validation = (
         batches(recipe, tasks, tokenizer, kind, mixed=texts.mixed) if tasks else None
         for tasks in (texts.train, texts.validation)
     )
-    identity = {
-        "method": recipe.method,
-        **{f"config.{key}": json.dumps(value) for key, value in sorted(recipe.config.items())},
-        "backbone": fingerprint(backbone),
-        "data": "none" if data is None else data.digest,
-        "validation": "none" if validation is None else validation.digest,
-    }
     return Job(
         recipe=recipe,
-        folder=Path(recipe.output_dir),
+        folder=folder,
         backbone=backbone,
         tokenizer=tokenizer,
         kind=kind,
         data=data,
         validation=validation,
         new_tasks=texts.new_tasks,
-        identity=identity,
+        identity=_identity(recipe, backbone, data, validation),
     )
+
+
+def open_episode_job(
+    recipe: Recipe, config: EpisodeConfig, domains: Domains, backbone: nn.Module, tokenizer: Tokenizer | None = None
+) -> Job:
+    """Draw episodes from what was read, and name everything that the weights will depend on.
+
+    The tokenizer, and how images are prepared, are those beside the backbone unless they are given. Raises as
+    `open_job`, and for domains that the backbone can't read.
+    """
+    folder, source = _folder(recipe), recipe.sources()[0]
+    check_readable(domains, backbone)
+    if tokenizer is None and domains.hold_texts:
+        tokenizer = load_tokenizer(source.path, revision=source.revision)
+    images = load_image_settings(source.path, revision=source.revision) if domains.hold_images else None
+    domains = readable(domains, config, backbone, images=images, tokenizer=tokenizer, length=recipe.data.max_length)
+    if recipe.train.batch_size not in (1, TrainConfig().batch_size):
+        raise ValueError(
+            "recipe.train.batch_size: an episode is a batch of its own; leave it out, and say with train.accumulate "
+            "how many make a step."
+        )
+    data = training_episodes(domains, config, recipe.seed) if domains.train else None
+    validation = held_out_episodes(domains, config, recipe.seed) if domains.held_out else None
+    return Job(
+        recipe=recipe,
+        folder=folder,
+        backbone=backbone,
+        tokenizer=cast(Tokenizer, tokenizer),
+        kind=_kind(recipe, backbone),
+        data=data,
+        validation=validation,
+        supports=domains.new_tasks,
+        domains={name: len(domain) for name, domain in domains.train.items()},
+        identity=_identity(recipe, backbone, data, validation),
+    )
+
+
+def _folder(recipe: Recipe) -> Path:
+    if recipe.output_dir is None:
+        raise ValueError("recipe.output_dir: missing; training needs a folder for its checkpoints.")
+    return Path(recipe.output_dir)
+
+
+def _identity(recipe: Recipe, backbone: nn.Module, data: Batches | None, validation: Batches | None) -> dict[str, str]:
+    """Everything that the weights will depend on."""
+    return {
+        "method": recipe.method,
+        **{f"config.{key}": json.dumps(value) for key, value in sorted(recipe.config.items())},
+        "backbone": fingerprint(backbone),
+        "data": "none" if data is None else data.digest,
+        "validation": "none" if validation is None else validation.digest,
+    }
 
 
 def _kind(recipe: Recipe, backbone: nn.Module) -> Kind:

@@ -67,6 +67,8 @@ class TrainingReport:
     """Held-out examples of each of them that has any."""
     new_tasks: dict[str, int] = field(default_factory=dict[str, int])
     """Examples of each task that a composition is carried over to."""
+    domains: dict[str, int] = field(default_factory=dict[str, int])
+    """Items of each domain that episodes are drawn from; those looked at have held-out episodes instead."""
     plans: tuple[StagePlan, ...] = ()
     stages: dict[str, Fitted] = field(default_factory=dict[str, Fitted])
     skipped: tuple[str, ...] = ()
@@ -78,10 +80,11 @@ def begin_report(job: Job, **more: Any) -> TrainingReport:
         kind=job.kind,
         examples=0 if job.data is None else len(job.data),
         validation_examples=0 if job.validation is None else len(job.validation),
-        longest=0 if job.data is None else job.data.spread(256).inputs["input_ids"].shape[1],
+        longest=0 if job.data is None or job.domains else job.data.spread(256).inputs["input_ids"].shape[1],
         tasks={} if job.data is None else job.data.tasks,
         validation_tasks={} if job.validation is None else job.validation.tasks,
-        new_tasks={name: len(task) for name, task in job.new_tasks.items()},
+        new_tasks={name: len(task) for name, task in (job.supports or job.new_tasks).items()},
+        domains=dict(job.domains),
         **more,
     )
 
@@ -108,7 +111,7 @@ def plan(job: Job, stage: Stage, model: nn.Module, data: Batches) -> StagePlan:
         },
         at_most=stage.own_way is not None,
         sites=tuple(getattr(model, "mixtures", {})),
-        examples_per_step=train.batch_size * train.accumulate * process_state().num_processes,
+        examples_per_step=(1 if job.domains else train.batch_size) * train.accumulate * process_state().num_processes,
         memory=estimate_bytes(model, stage, data),
         seconds_per_step=_timed(job, stage, model, data),
         cost=model.cost_text() if isinstance(model, ComposedModel) else "",

@@ -27,6 +27,9 @@ class Texts:
 
 def read_texts(data: DataConfig) -> Texts:
     """Read and check all text for training. Raises ValueError naming the key, or the file and line, that is wrong."""
+    for key, given in (("domains", data.domains), ("held_out_domains", data.held_out_domains)):
+        if given is not None:
+            raise ValueError(f"recipe.data.{key}: this method reads texts; name them under train or tasks.")
     if data.train is not None and data.tasks is not None:
         raise ValueError("recipe.data.tasks: data.train is given too; name what is trained on in one of them.")
     if data.train is None and data.tasks is None and not data.new_tasks:

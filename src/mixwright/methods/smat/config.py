@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from mixwright.methods.base import Method, Paper
-from mixwright.recipe import Count
+from mixwright.recipe import Count, EpisodeConfig
 
 Share = Annotated[float, Ge(0), Le(1)]
 Rate = Annotated[float, Ge(0)]
@@ -33,6 +33,12 @@ class SmatConfig:
     """What a mask decides about: each weight (the paper), each row of a tensor, or each tensor."""
     seed: Annotated[int, Ge(0)] = 0
     """Of masks, keys and tokens."""
+    storage: Literal["exact", "compact"] = "exact"
+    """How a pool is saved. exact: the same weights to the bit. compact, about half: the change in float16, masks
+    between 0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
+
+    episodes: EpisodeConfig = EpisodeConfig()
+    """Which episodes are drawn (sheet a8)."""
 
     scale: Annotated[float, Gt(0)] = 10.0
     """What cosines to prototypes are multiplied with."""
@@ -72,6 +78,7 @@ class SmatConfig:
 METHOD = Method(
     name="smat",
     trains="composition",
+    reads="episodes",
     summary="sparse interpolated experts, chosen from a support set: few-shot classification out of distribution",
     config=SmatConfig,
     paper=Paper(

@@ -54,7 +54,8 @@ def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, 
     )
     names = tuple(f"expert-{i}" for i in range(deltas.num_experts))
     model = FewShotModel(backbone, router, deltas, names, features=config.features, composition=described)
-    return model.train(backbone.training)
+    model.train(backbone.training)
+    return model
 
 
 class FewShotModel(EpisodicModel):
@@ -73,6 +74,23 @@ class FewShotModel(EpisodicModel):
         found = self.mixture.experts
         assert isinstance(found, SparseDeltas)
         return found
+
+    def pristine(self) -> dict[str, Tensor]:
+        """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
+        return self._rollback.pristine()
+
+    def added_state(self) -> dict[str, Tensor]:
+        """What goes to disk: router and multipliers, the experts packed, and the backbone's digests; see `packing`."""
+        from mixwright.methods.smat.stored import stored_state
+
+        plain = super().added_state()
+        if not isinstance(self.mixture.experts, SparseDeltas):
+            return plain
+        return stored_state(self, plain, self.composition.config.get("storage", "exact"))
+
+    def num_added_parameters(self) -> int:
+        """Numbers that are trained: router, shared change, masks, multipliers."""
+        return sum(tensor.numel() for tensor in self.kept_tensors())
 
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""

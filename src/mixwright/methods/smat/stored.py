@@ -1,31 +1,73 @@
-"""A pool back from a saved composition."""
+"""A pool of sparse interpolated experts as tensors of a file, and back from them."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from mixwright.composition.base_digests import digests
+from mixwright.composition.restoring import of_whole
 from mixwright.errors import CatalogError
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.model import FewShotModel, assemble, maskable
+from mixwright.methods.smat.packing import Storage, pack, unpack
 from mixwright.routers.support_set import SupportSetRouter
+
+_EXPERTS, _ROUTER, _PACKED = "backbone.experts.", "backbone.router.", "packed."
+_DENSE = ("delta.", "logits.")
+
+
+def stored_state(model: FewShotModel, plain: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
+    """What of `plain`, the state with every mask, goes to disk: experts packed, and the digests of the backbone."""
+    state = {n: t for n, t in plain.items() if not n.removeprefix(_EXPERTS).startswith(_DENSE)}
+    packed = {f"{_EXPERTS}{_PACKED}{name}": tensor for name, tensor in pack(model.deltas, storage).items()}
+    bound = {f"whole.{name}": tensor for name, tensor in digests(model.backbone, model.pristine()).items()}
+    return state | packed | bound
 
 
 def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor], ids: Sequence[str]) -> FewShotModel:
-    """The model whose `added_state()` was `state`. Raises CatalogError (SHAPE, TENSOR) for tensors that do not fit."""
-    router_state, deltas_state = (
-        {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
-        for start in ("backbone.router.", "backbone.experts.")
+    """The model whose `added_state()` was `state`.
+
+    Raises CatalogError (SIZE, SHAPE, TENSOR, DTYPE, CONFIG, VALUE) for tensors that do not fit.
+    """
+    inside, _ = of_whole(state)
+    router_state, experts_state = (
+        {name.removeprefix(start): tensor for name, tensor in inside.items() if name.startswith(start)}
+        for start in (_ROUTER, _EXPERTS)
     )
     keys = router_state.get("keys")
-    if keys is None or keys.dim() != 2 or len(ids) != config.experts:
+    if keys is None or keys.dim() != 2 or not len(ids) == config.experts == len(keys):
         raise CatalogError("TENSOR", "added state", "it has no router for the experts that its config names.")
+    try:
+        shapes = maskable(backbone, config.include, config.exclude)
+    except ValueError as error:
+        raise CatalogError("CONFIG", "composition.yaml", str(error)[:300]) from error
+    _refuse_huge(sum(shape.numel() for shape in shapes.values()), config)
     router = SupportSetRouter(keys.shape[1], config.experts)
-    deltas = SparseDeltas(maskable(backbone, config.include, config.exclude), config.experts, config.granularity)
+    deltas = SparseDeltas(shapes, config.experts, config.granularity)
+    unpack(
+        deltas, {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}, config.storage
+    )
+    rest = {name: tensor for name, tensor in experts_state.items() if not name.startswith(_PACKED)}
+    dense = {name: tensor for name, tensor in deltas.state_dict().items() if name.startswith(_DENSE)}
     try:
         router.load_state_dict(router_state)
-        deltas.load_state_dict(deltas_state)
+        deltas.load_state_dict(rest | dense)
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
     return assemble(config, backbone, router.to(device), deltas.to(device))
+
+
+def _refuse_huge(weights: int, config: SmatConfig) -> None:
+    """A small file can claim any number of experts, each of which takes a backbone's room once it is opened."""
+    needed = 4 * weights * ((config.experts if config.granularity == "weight" else 0) + 1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise CatalogError(
+            "SIZE",
+            "composition.yaml",
+            f"{config.experts} experts over {weights} weights take {needed / 2**30:.0f} GiB, and this machine has "
+            f"{memory / 2**30:.0f}.",
+        )
