@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTModel
 
-from benchmarks.few_shot_glyphs import SIDE, Pictures, warped
+from benchmarks.few_shot_glyphs import SIDE, Pictures, degraded
 
 MEAN, DEVIATION = 0.25, 0.35
 
@@ -59,21 +59,6 @@ def empty_vit(size: Pretraining) -> ViTModel:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=size.deviation)
     return model
-
-
-def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Warped images, each perhaps blurred, thickened, noisy, faint or negative."""
-    drawn = warped(images.float() / 255, generator)
-
-    def some(share: float) -> Tensor:
-        return torch.rand(len(drawn), 1, 1, generator=generator) < share
-
-    blurred = avg_pool2d(pad(drawn[:, None], (1, 1, 1, 1)), 3, 1)[:, 0]
-    drawn = torch.where(some(0.25), blurred, drawn)
-    drawn = torch.where(some(0.25), (blurred * 2).clamp(0, 1), drawn)
-    drawn = drawn * (0.5 + 0.5 * torch.rand(len(drawn), 1, 1, generator=generator))
-    drawn = torch.where(some(0.3), drawn + 0.15 * torch.randn(drawn.shape, generator=generator), drawn)
-    return torch.where(some(0.2), 1 - drawn, drawn).clamp(0, 1)
 
 
 def batches(corpus: Pictures, size: Pretraining, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

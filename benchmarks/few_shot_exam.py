@@ -19,7 +19,7 @@ from mixwright.data.episode_samplers import VariableEpisodes
 from mixwright.evaluation.episodes import calibration_error
 from mixwright.ops.prototypes import class_means, cosine_scores
 
-WAYS, QUERIES, PER_CLASS, SUPPORT = (5, 10), 3, 5, 50
+WAYS, QUERIES, PER_CLASS, SUPPORT = (8, 16), 2, 3, 40
 SEED = 7
 
 Weights = Mapping[str, Tensor]
@@ -53,7 +53,7 @@ class Score:
 
 
 def sampler(name: str, given: Pictures, seed: int = SEED, **settings: Any) -> VariableEpisodes:
-    """Five to ten ways, one to five shots as unbalanced as they come, up to three queries a class."""
+    """Eight to sixteen ways, one to three shots or so, as unbalanced as they come, two queries a class."""
     rows = torch.arange(len(given.images))[:, None]
     chosen = {"ways": WAYS, "queries": QUERIES, "per_class": PER_CLASS, "support": SUPPORT} | settings
     domain = tensor_domain(name, rows, given.labels)
@@ -103,7 +103,8 @@ class Exams:
         """A contender that chooses weights by (frozen features of the support, labels)."""
         found: dict[str, Score] = {}
         for name, episodes in self.episodes.items():
-            logits = (self._under(name, e, weights_for(self.frozen[name][e.support], e.labels)) for e in episodes[:number])
+            frozen = self.frozen[name]
+            logits = (self._under(name, e, weights_for(frozen[e.support], e.labels)) for e in episodes[:number])
             found[name] = scored(logits, episodes[:number])
         return found
 

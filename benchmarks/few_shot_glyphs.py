@@ -21,7 +21,7 @@ from fontTools.ttLib import TTFont
 from fontTools.unicodedata import script as script_of
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d, pad
 
 FONTS = Path("/usr/share/fonts/truetype")
 SIDE, CANVAS, PER_CLASS, MOST_CLASSES, MOST_FONTS, FEWEST = 28, 40, 20, 240, 5, 10
@@ -44,6 +44,7 @@ OUT_SCRIPTS = {
 IN_DOMAINS = (*IN_SCRIPTS, "textures", "shapes")
 OUT_DOMAINS = (*OUT_SCRIPTS, "digits", "omniglot", "mnist", "photographs")
 KEPT = "retention"
+PARTS = ("train", "held_in", "out")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def bitmap(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
         return None
     drawn = drawn.crop(box)
     scale = 30 / max(drawn.size)
-    drawn = drawn.resize((max(2, round(drawn.width * scale)), max(2, round(drawn.height * scale))), Image.Resampling.BOX)
+    size = [max(2, round(side * scale)) for side in drawn.size]
+    drawn = drawn.resize((size[0], size[1]), Image.Resampling.BOX)
     canvas = Image.new("L", (CANVAS, CANVAS))
     canvas.paste(drawn, ((CANVAS - drawn.width) // 2, (CANVAS - drawn.height) // 2))
     return np.asarray(canvas)
@@ -158,6 +160,21 @@ def warped(images: Tensor, generator: torch.Generator, strength: float = 1.0) ->
     return grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0].clamp(0, 1)
 
 
+def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Warped images, each perhaps blurred, thickened, noisy, faint or negative: the pretraining's own way."""
+    drawn = warped(images.float() / (255 if images.dtype == torch.uint8 else 1), generator)
+
+    def some(share: float) -> Tensor:
+        return torch.rand(len(drawn), 1, 1, generator=generator) < share
+
+    blurred = avg_pool2d(pad(drawn[:, None], (1, 1, 1, 1)), 3, 1)[:, 0]
+    drawn = torch.where(some(0.25), blurred, drawn)
+    drawn = torch.where(some(0.25), (blurred * 2).clamp(0, 1), drawn)
+    drawn = drawn * (0.5 + 0.5 * torch.rand(len(drawn), 1, 1, generator=generator))
+    drawn = torch.where(some(0.3), drawn + 0.15 * torch.randn(drawn.shape, generator=generator), drawn)
+    return torch.where(some(0.2), 1 - drawn, drawn).clamp(0, 1)
+
+
 Style = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -181,7 +198,7 @@ def dotted(images: Tensor, generator: torch.Generator) -> Tensor:
     thick = max_pool2d(images[:, None], 2, 1)[:, 0]
     dots = torch.zeros(SIDE, SIDE)
     dots[::2, ::2] = 1
-    return torch.nn.functional.pad(thick, (0, 1, 0, 1)) * dots
+    return pad(thick, (0, 1, 0, 1)) * dots
 
 
 def broken(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,7 +223,9 @@ STYLES: dict[str, Style] = {
 }
 
 
-def pictures(classes: list[np.ndarray], style: Style, generator: torch.Generator, per_class: int = PER_CLASS) -> Pictures:
+def pictures(
+    classes: list[np.ndarray], style: Style, generator: torch.Generator, per_class: int = PER_CLASS
+) -> Pictures:
     """`per_class` warped images of every class, its faces in turn."""
     rows = [torch.from_numpy(faces[[i % len(faces) for i in range(per_class)]]) for faces in classes]
     drawn = style(warped(torch.cat(rows).float() / 255, generator), generator)
@@ -338,25 +357,26 @@ def render(data: Path, seed: int = 0, most: int = MOST_CLASSES) -> World:
     logographs = [c for name, count in PRETRAINING.items() for c in pen.classes(glyphs[name], count, rng)]
     order = rng.permutation(len(logographs)).tolist()
     unseen = min(RETENTION, len(order) // 4)
-    whole[KEPT] = pictures([logographs[i] for i in order[:unseen]], plain, generator)
-    faces = np.stack([logographs[i][0] for i in order[unseen:]])
+    faces = torch.from_numpy(np.stack([logographs[i][0] for i in order]))
+    items = faces[:unseen].repeat_interleave(PER_CLASS, 0)
+    whole[KEPT] = _pictures((degraded(items, generator) * 255).numpy(), PER_CLASS)
     halves = {name: split(whole[name], rng) for name in IN_DOMAINS}
     return World(
         {name: half[0] for name, half in halves.items()},
         {name: half[1] for name, half in halves.items()},
         {name: whole[name] for name in (*OUT_DOMAINS, KEPT) if name in whole},
-        Pictures(torch.from_numpy(faces), torch.arange(len(faces))),
+        Pictures(faces[unseen:], torch.arange(len(faces) - unseen)),
     )
 
 
-def world(cache: Path, data: Path) -> World:
+def world(cache: Path, data: Path, most: int = MOST_CLASSES) -> World:
     """The domains, from the cache file or drawn into it."""
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        made = render(data)
-        parts = {key: {n: (p.images, p.labels) for n, p in getattr(made, key).items()} for key in ("train", "held_in", "out")}
+        made = render(data, most=most)
+        parts = {key: {n: (p.images, p.labels) for n, p in getattr(made, key).items()} for key in PARTS}
         torch.save(parts | {"pretraining": (made.pretraining.images, made.pretraining.labels)}, cache)
         return made
     kept = torch.load(cache, weights_only=True)
-    parts = {key: {n: Pictures(*p) for n, p in kept[key].items()} for key in ("train", "held_in", "out")}
+    parts = {key: {n: Pictures(*p) for n, p in kept[key].items()} for key in PARTS}
     return World(**parts, pretraining=Pictures(*kept["pretraining"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mixwright.methods.smat.fresh import set_masks
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -21,8 +22,8 @@ from benchmarks.few_shot_glyphs import Pictures
 from mixwright.data.domains import tensor_domain
 from mixwright.data.episode_batches import episode_batches
 from mixwright.data.episode_samplers import VariableEpisodes
+from mixwright.data.episodes import EpisodeSource
 from mixwright.methods.smat.config import SmatConfig
-from mixwright.methods.smat.fresh import set_masks
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.recipe import groups, stages
 from mixwright.ops.prototypes import class_means, cosine_scores
@@ -37,11 +38,11 @@ State = dict[str, Tensor]
 class Budget:
     """How long every contender is meta-tuned, and on what."""
 
-    tasks: int = 2000
+    tasks: int = 1000
     accumulate: int = 2
-    rate: float = 5e-4
+    rate: float = 1e-3
     experts: int = 4
-    snapshots: tuple[int, ...] = (100, 250, 500, 1000, 1500)
+    snapshots: tuple[int, ...] = (100, 250, 500)
     fisher_tasks: int = 100
 
     @property
@@ -67,6 +68,7 @@ class Row:
             "learning_rate": budget.rate,
             "weight_decay": 0.0,
             "router_learning_rate": 1e-3,
+            "multiplier_learning_rate": 1e-2,
             "seed": seed,
         }
         return SmatConfig(**(shared | dict(self.settings)))
@@ -112,6 +114,12 @@ class Trained:
         """Whether its weights are the same for every support set."""
         return len(self.model.router.keys) == 1
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The parameters that may change."""
+        experts: Any = self.model.mixture.experts
+        return experts.names
+
     def uniform(self, strength: float = 1.0) -> Weights:
         """The weights with all experts alike."""
         count = len(self.model.router.keys)
@@ -132,11 +140,11 @@ class Trained:
 class Trainer:
     """Meta-tunes rows on the training domains and keeps what comes of it in a folder."""
 
-    def __init__(self, backbone: Callable[[], nn.Module], domains: Mapping[str, Pictures], budget: Budget, folder: Path):
+    def __init__(
+        self, backbone: Callable[[], nn.Module], domains: Mapping[str, Pictures], budget: Budget, folder: Path
+    ):
         self.backbone, self.budget, self.folder = backbone, budget, folder
-        self.domains = [
-            tensor_domain(name, given.images, given.labels, reader=read) for name, given in domains.items()
-        ]
+        self.domains = [tensor_domain(name, given.images, given.labels, reader=read) for name, given in domains.items()]
 
     def episodes(self, seed: int) -> VariableEpisodes:
         """The episodes of one seed: of any of the domains, the same for every row."""
@@ -168,25 +176,10 @@ class Trainer:
             return Trained(model.eval(), kept["snapshots"], kept["cpu_seconds"], kept["loss"])
         model = self.model(row, seed)
         config = row.config(self.budget, seed)
-        (stage, *_) = stages(config)
-        stage = replace(stage, groups=groups(config, model))
-        watched = _Watched(stage.objective, self.budget.snapshots)
-        batches = episode_batches(self.episodes(seed), length=self.budget.tasks)
-        started = time.process_time()
-        found = fit(
-            model,
-            replace(stage, objective=watched),
-            batches,
-            config=TrainConfig(accumulate=self.budget.accumulate),
-            seed=seed,
-        )
-        spent = time.process_time() - started
-        tail = found.losses[-len(found.losses) // 5 :]
-        made = Trained(model.eval(), watched.kept, spent, sum(tail) / len(tail))
+        made = meta_tuned(model, config, self.episodes(seed), self.budget, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {"state": state_of(model), "snapshots": made.snapshots, "cpu_seconds": spent, "loss": made.loss}, file
-        )
+        kept = {"state": state_of(model), "snapshots": made.snapshots}
+        torch.save(kept | {"cpu_seconds": made.cpu_seconds, "loss": made.loss}, file)
         return made
 
     def fisher(self, model: FewShotModel, seed: int) -> dict[str, Tensor]:
@@ -205,6 +198,18 @@ class Trainer:
             for name, gradient in zip(theta, gradients, strict=True):
                 total[name] += gradient.square()
         return total
+
+
+def meta_tuned(model: FewShotModel, config: SmatConfig, source: EpisodeSource, budget: Budget, seed: int) -> Trained:
+    """The model through the product's stage *meta-tune*."""
+    (stage, *_) = stages(config)
+    stage = replace(stage, groups=groups(config, model))
+    watched = _Watched(stage.objective, budget.snapshots)
+    batches, settings = episode_batches(source, length=budget.tasks), TrainConfig(accumulate=budget.accumulate)
+    started = time.process_time()
+    found = fit(model, replace(stage, objective=watched), batches, config=settings, seed=seed)
+    tail = found.losses[-max(1, len(found.losses) // 5) :]
+    return Trained(model.eval(), watched.kept, time.process_time() - started, sum(tail) / len(tail))
 
 
 class _Watched:
