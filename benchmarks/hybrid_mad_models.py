@@ -17,18 +17,24 @@ from mixwright.data.mad_tasks import MadExamples, MadTask
 
 ATTENTION, STATE_SPACE = 0, 1
 WARM_UP, COOL_DOWN = 25, 0.25
-WEIGHTS_RATE = 0.01  # of mixture logits and of the ensemble's weights, as in the paper
+WEIGHTS_RATE = 0.1  # of mixture logits and of the ensemble's weights; the paper's 0.01 to 0.05 are for longer runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the models and their batches; `layers` of NeoX, Mamba-2 has twice as many."""
+    """Of the models and their batches; `layers` of NeoX, Mamba-2 has twice as many.
+
+    `initial`: spread of NeoX's initial weights, `initial_in_hybrid` of those that start in a soft hybrid. Mamba-2 has
+    its own, 0.1, everywhere.
+    """
 
     width: int = 48
     heads: int = 4
     layers: int = 2
     state: int = 16
     chunk: int = 16
+    initial: float = 0.1
+    initial_in_hybrid: float = 0.02
     batch: int = 32
     steps: int = 300
     validation: int = 512
@@ -50,12 +56,16 @@ class Ensemble(nn.Module):
         return outs[0]
 
 
-def neox(size: Size, vocab_size: int, length: int, seed: int, depth: int = 1) -> nn.Module:
-    """A GPT-NeoX."""
+def neox(
+    size: Size, vocab_size: int, length: int, seed: int, depth: int = 1, initial: float | None = None
+) -> nn.Module:
+    """A GPT-NeoX. By default a quarter of a head's 12 dimensions turns with the place: too few to know places by."""
     settings = {
         "vocab_size": vocab_size, "hidden_size": size.width, "intermediate_size": 4 * size.width,
         "num_hidden_layers": depth * size.layers, "num_attention_heads": size.heads,
         "max_position_embeddings": length, "use_parallel_residual": False, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        "initializer_range": size.initial if initial is None else initial,
     }  # fmt: skip
     return build_backbone("gpt_neox", settings, kind="causal", seed=seed)
 
@@ -103,9 +113,10 @@ REFERENCE = "hybrid K=2"  # whose steps are FLOPs for all
 
 
 def make(arm: str, size: Size, task: MadTask, seed: int) -> nn.Module:
-    """A fresh model of an arm; the components of hybrid and ensemble start as they do alone."""
+    """A fresh model of an arm; the components of a path and of the ensemble start as they do alone."""
     vocab, length = task.vocab_size, task.length
-    pair = [neox(size, vocab, length, seed), mamba2(size, vocab, length, seed)]
+    initial = size.initial_in_hybrid if arm.startswith("hybrid") else size.initial
+    pair = [neox(size, vocab, length, seed, initial=initial), mamba2(size, vocab, length, seed)]
     match arm:
         case "NeoX" | "Mamba-2":
             return pair[ATTENTION if arm == "NeoX" else STATE_SPACE]

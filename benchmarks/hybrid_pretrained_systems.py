@@ -1,6 +1,7 @@
 """The systems of the pretrained comparison: components, their logit ensemble, and hybrids through their stages."""
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from benchmarks.hybrid_pretrained_training import (
     size_of,
     train,
 )
+from mixwright.data.collate import Batch
+from mixwright.methods.manticore.fitting import fit_projectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +108,20 @@ class Workshop:
         )
 
     def align(self, shape: Shape, seed: int) -> tuple[Any, dict[str, float]]:
-        """A hybrid whose projectors are aligned on general text with frozen components, and what that cost."""
+        """A hybrid whose projectors are aligned on general text with frozen components, and what that cost.
+
+        Those of least squares are fitted to the first windows of that text, and aligned like the others then.
+        """
         model = self.hybrid(shape, seed)
         if (shape, seed) not in self.aligned:
             spent = Spent()
+            windows = self.windows(GENERAL, "align", seed)
+            if shape.projectors == "least_squares":
+                started = time.process_time()
+                fit_projectors(model, _Read(windows))
+                spent.seconds += time.process_time() - started
             before = self.general_loss(model)
             if projectors_of(model):
-                windows = self.windows(GENERAL, "align", seed)
                 train(model, projectors_of(model), windows, self.budget.align, self.rates["align"], spent)
             found = {"before": before, "after": self.general_loss(model), "flops": spent.flops, "cpu": spent.seconds}
             kept = {n: p.detach().clone() for n, p in model.named_parameters() if _is_projector(n)}
@@ -170,6 +180,17 @@ class Workshop:
     def with_rates(self, rates: Mapping[str, float]) -> None:
         """Take these learning rates, by kind of system."""
         self.rates.update(rates)
+
+
+class _Read:
+    """Windows of each step as a batch that is only read."""
+
+    def __init__(self, windows: Batches) -> None:
+        self.windows = windows
+
+    def batch(self, index: int) -> Batch:
+        ids = self.windows(index)[:, :-1]
+        return Batch("causal", {"input_ids": ids}, ids, ids.numel())
 
 
 def set_weights(model: Any, weights: Mapping[str, Any]) -> None:

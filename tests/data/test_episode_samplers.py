@@ -89,11 +89,21 @@ def test_classes_that_are_copies_of_each_other_are_refused_when_they_meet():
         source.episode(0)
 
 
-def test_labels_that_do_not_go_with_the_items_are_refused():
-    with pytest.raises(ValueError, match="3 labels for 2 items"):
-        tensor_domain("short", torch.zeros(2, 1), [0, 1, 0])
-    with pytest.raises(ValueError, match="label -1"):
-        tensor_domain("negative", torch.zeros(2, 1), [0, -1])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"labels": [0, 1, 0]}, "domain x: 3 labels for 2 items"),
+        ({"labels": [0, -1]}, "domain x: label -1; expected 0 to 0"),
+        ({"labels": [0, 2], "class_names": ("a", "b")}, "domain x: label 2; expected 0 to 1"),
+        ({"groups": ("g",)}, "domain x: 1 groups for 2 classes"),
+        ({"weight": 0.0}, "domain x: weight 0"),
+        ({"items": torch.tensor([[0.0], [float("nan")]])}, "domain x: item 1 has NaN or infinite values"),
+        ({"items": {"a": torch.zeros(2), "b": torch.tensor([1.0, float("inf")])}}, "domain x: item 1 has NaN"),
+    ],
+)
+def test_a_faulty_domain_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        tensor_domain("x", **{"items": torch.zeros(2, 1), "labels": [0, 1], **settings})
 
 
 def test_the_digest_names_items_labels_and_names():

@@ -30,6 +30,14 @@ def test_everything_follows_from_seed_and_split_and_nothing_from_the_global_stat
     assert (first.targets != IGNORED).any(1).all()  # every row asks for something
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.vocab_size}")
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_who_asks_for_more_gets_the_same_examples_first(task, split):
+    few, many = task.sample(70, 3, split), task.sample(200, 3, split)
+    assert torch.equal(few.tokens, many.tokens[:70]) and torch.equal(few.targets, many.targets[:70])
+    assert len(few) == 70 and len(many.tokens.unique(dim=0)) > 100 and len(task.sample(0, 3, split)) == 0
+
+
 def test_the_settings_are_those_of_the_table():
     assert list(EASY) == [
         "in-context-recall", "fuzzy-recall", "noisy-recall", "selective-copy", "memorisation", "compression"

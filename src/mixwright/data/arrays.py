@@ -22,8 +22,8 @@ _IMAGES, _LABELS = ("images", "x", "data"), ("labels", "y", "targets")
 def npz_domain(name: str, path: Path) -> Domain:
     """The domain of an .npz file: `images` (items, height, width[, channels]) in bytes, or any numbers as features.
 
-    `labels` are numbers or texts, `class_names` names numbers. Raises ValueError for what is missing, damaged, not
-    finite, needs pickle, or does not go together.
+    `labels` are numbers or texts, `class_names` names numbers. Raises ValueError for what is missing, damaged, needs
+    pickle, or does not go together.
     """
     try:
         with ZipFile(path) as archive:
@@ -68,11 +68,7 @@ def _tensor(images: NDArray[np.generic], where: str) -> Tensor:
         return pixels[:, None] if images.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     if images.dtype.kind not in "fiub":
         raise ValueError(f"{where}: images of {images.dtype}; expected bytes (uint8), or numbers.")
-    values = torch.from_numpy(np.ascontiguousarray(images.astype(np.float32)))
-    if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"{where}: item {row} has NaN or infinite values; repair it or leave it out.")
-    return values
+    return torch.from_numpy(np.ascontiguousarray(images.astype(np.float32)))
 
 
 def _numbered(labels: NDArray[np.generic], names: list[str] | None, where: str) -> tuple[list[int], list[str]]:

@@ -45,8 +45,8 @@ HARDEST: Mapping[str, MadTask] = {
 SMALL: Mapping[str, MadTask] = {
     task.name: task
     for task in (
-        SelectiveCopy(16, 32, 3),
-        InContextRecall(32, 32),
+        SelectiveCopy(16, 32, 5),
+        InContextRecall(16, 32),
         InContextRecall(24, 32, noise_tokens=8, noise=0.3),
         FuzzyRecall(16, 32, 2),
         Memorisation(4096, 4, num_train=12_800),

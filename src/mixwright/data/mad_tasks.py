@@ -1,12 +1,13 @@
 """The six tasks of MAD, mechanistic architecture design (Poli et al. 2024): what a sequence mixer can and cannot do.
 
-Everything follows from (task, seed, split); each split is a stream of its own. Only what can be known is scored, in
-training as in testing, so that their losses have one floor: a value whose key was shown before, a token to be copied, a
-value that the fixed map gives, a token to be decoded. Everything else has the target -100, noise above all. A target
-stands where the logits do: the target at t is what a causal model should say after token t.
+Everything follows from (task, seed, split); each split is a stream of its own, and who asks for more examples gets the
+same ones first. Only what can be known is scored, in training as in testing, so that their losses have one floor: a
+value whose key was shown before, a token to be copied, a value that the fixed map gives, a token to be decoded.
+Everything else has the target -100, noise above all. A target stands where the logits do: the target at t is what a
+causal model should say after token t.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,6 +19,7 @@ from mixwright.data.collate import IGNORED, Batch
 
 Split = Literal["train", "validation", "test"]
 _STREAMS: Mapping[str, int] = {"train": 0, "validation": 1, "test": 2}
+_BLOCK = 64
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
@@ -74,7 +76,7 @@ class MadTask(Protocol):
         ...
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
-        """`count` examples; the same for the same seed and split."""
+        """`count` examples; the same for the same seed and split, and those of a smaller count come first."""
         ...
 
 
@@ -109,7 +111,11 @@ class InContextRecall:
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
         """`count` examples."""
-        random, pairs = _random(seed, split), self.length // 2
+        return _stream(self._block, count, seed, split)
+
+    def _block(self, random: np.random.Generator, split: Split) -> MadExamples:
+        count = _BLOCK
+        pairs = self.length // 2
         known = self.vocab_size - self.noise_tokens
         num_keys = known // 2
         keys = random.integers(0, num_keys, (count, pairs))
@@ -152,7 +158,11 @@ class FuzzyRecall:
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
         """`count` examples."""
-        random, motif, known = _random(seed, split), self.motif, self.vocab_size - 1
+        return _stream(self._block, count, seed, split)
+
+    def _block(self, random: np.random.Generator, split: Split) -> MadExamples:
+        count = _BLOCK
+        motif, known = self.motif, self.vocab_size - 1
         slots, half = self.length // 2, known // 2
         key_sizes = np.full((count, slots), motif)
         if split == "train":
@@ -202,7 +212,11 @@ class SelectiveCopy:
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
         """`count` examples."""
-        random, body = _random(seed, split), self.length - self.copied - 1
+        return _stream(self._block, count, seed, split)
+
+    def _block(self, random: np.random.Generator, split: Split) -> MadExamples:
+        count = _BLOCK
+        body = self.length - self.copied - 1
         symbols = random.integers(0, self.vocab_size - 2, (count, self.copied))
         places = np.sort(random.random((count, body)).argsort(1)[:, : self.copied], 1)
         tokens = np.full((count, self.length), self.vocab_size - 2)
@@ -244,8 +258,12 @@ class Memorisation:
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
         """`count` examples."""
+        return _stream(self._block, count, seed, split)
+
+    def _block(self, random: np.random.Generator, split: Split) -> MadExamples:
+        count = _BLOCK
         value_of = self.value_of().numpy()
-        keys = _random(seed, split).integers(0, len(value_of), (count, self.length // 2))
+        keys = random.integers(0, len(value_of), (count, self.length // 2))
         tokens = np.stack([keys, np.full_like(keys, self.vocab_size - 1)], -1)
         targets = np.stack([np.full_like(keys, IGNORED), value_of[keys]], -1)
         return _examples(tokens.reshape(count, -1), targets.reshape(count, -1))
@@ -279,7 +297,11 @@ class Compression:
 
     def sample(self, count: int, seed: int, split: Split = "train") -> MadExamples:
         """`count` examples."""
-        random, known = _random(seed, split), self.vocab_size - 1 - self.noise_tokens
+        return _stream(self._block, count, seed, split)
+
+    def _block(self, random: np.random.Generator, split: Split) -> MadExamples:
+        count = _BLOCK
+        known = self.vocab_size - 1 - self.noise_tokens
         symbols = random.integers(0, known, (count, self.length))
         noisy = random.random((count, self.length)) < self.noise
         drawn = random.integers(known, self.vocab_size - 1, (count, self.length)) if self.noise_tokens else 0
@@ -292,10 +314,19 @@ def _examples(tokens: _Array, targets: _Array, *, last_state: bool = False) -> M
     return MadExamples(torch.from_numpy(tokens), torch.from_numpy(targets), last_state)
 
 
-def _random(seed: int, split: Split) -> np.random.Generator:
+def _stream(
+    block: Callable[[np.random.Generator, Split], MadExamples], count: int, seed: int, split: Split
+) -> MadExamples:
+    """The first `count` examples of blocks that are drawn one after another, each from numbers of its own."""
     if split not in _STREAMS:
         raise ValueError(f"split {split!r}; expected one of {', '.join(_STREAMS)}.")
-    return np.random.default_rng([seed, _STREAMS[split]])
+    numbers = range(max(1, -(-count // _BLOCK)))
+    drawn = [block(np.random.default_rng([seed, _STREAMS[split], number]), split) for number in numbers]
+    return MadExamples(
+        torch.cat([each.tokens for each in drawn])[:count],
+        torch.cat([each.targets for each in drawn])[:count],
+        drawn[0].last_state,
+    )
 
 
 def _first_like(codes: _Array) -> _Array:

@@ -103,6 +103,15 @@ class SparseDeltas(AbstractDeltas):
             acting += hard_count(logits).double() * (self._size(name) / max(logits[:1].numel(), 1))
         return (1.0 - acting / self.num_weights).float()
 
+    @torch.no_grad()
+    def norms(self) -> Float[Tensor, " experts"]:
+        """|z_m * delta| of each expert."""
+        total = torch.zeros(self.num_experts, device=self.multipliers.device)
+        for name in self.names:
+            masks, delta = self.masks(name).float(), self.delta[_key(name)].float().square()
+            total += masks.square().reshape(len(masks), -1) @ delta.reshape(max(masks[0].numel(), 1), -1).sum(1)
+        return total.sqrt()
+
     @property
     def num_weights(self) -> int:
         """P, the weights that may change."""

@@ -99,7 +99,7 @@ def test_a_cut_run_goes_on_and_seeds_after_the_first_have_its_rate(models, tmp_p
     def lines():
         return [json.loads(line) for line in cache.read_text().splitlines()]
 
-    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [0, 1], "cpu")
+    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [1], "cpu", arms=mad.ARMS)
     whole = lines()
     assert all(
         {c["steps"] for c in whole if c["arm"] == arm} == set(mad.horizons(arm, size, TASK).values())
@@ -110,10 +110,10 @@ def test_a_cut_run_goes_on_and_seeds_after_the_first_have_its_rate(models, tmp_p
         best = max(tuned, key=lambda c: (c["validation"]["accuracy"], -c["validation"]["loss"]))
         later = [c for c in whole if c["seed"] == 1 and c["arm"] == "NeoX" and column in c["columns"]]
         assert {2e-3, 5e-3} <= {c["rate"] for c in tuned} and [c["rate"] for c in later] == [best["rate"]]
-    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [0, 1], "cpu")
+    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [1], "cpu", arms=mad.ARMS)
     assert lines() == whole  # nothing is measured twice
     cache.write_text("".join(json.dumps(cell) + "\n" for cell in whole[:-2]))
-    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [0, 1], "cpu")
+    mad.run(mad.Cells(cache, "s"), size, [TASK.name], [1], "cpu", arms=mad.ARMS)
     again = lines()
     assert [{**c, "cpu_seconds": 0} for c in again] == [{**c, "cpu_seconds": 0} for c in whole]
     assert mad.Cells(cache, "other settings").known == []
@@ -128,21 +128,32 @@ def cell(task, arm, seed, accuracy, rate=2e-3, validation=None):
     }  # fmt: skip
 
 
-def test_the_answers_count_losses_as_well_as_wins(models):
+def test_the_answers_count_losses_as_well_as_wins_and_leave_the_tuning_seed_out(models):
     tables = importlib.import_module("benchmarks.hybrid_mad_tables")
     accuracy = {"won": (0.5, 0.4, 0.6, 0.7), "lost": (0.5, 0.9, 0.4, 0.8)}  # NeoX, Mamba-2, the deep ones, the hybrid
     cells = []
     for task, (attention, state, deep, hybrid) in accuracy.items():
-        for seed in (0, 1):
+        for seed in (9, 0, 1):
             for arm in models.ARMS:
                 value = {"NeoX": attention, "Mamba-2": state, "hybrid K=2": hybrid}.get(arm, deep)
-                cells.append(cell(task, arm, seed, value + 0.01 * seed * (arm == "hybrid K=2")))
-    cells.append(cell("won", "NeoX", 0, 0.99, rate=5e-3, validation=0.1))  # a rate that validation did not choose
-    found = tables.summary(cells, [0, 1])
+                value = 0.99 if seed == 9 else value + 0.01 * seed * (arm == "hybrid K=2")
+                cells.append(cell(task, arm, seed, value))
+    cells.append(cell("won", "NeoX", 0, 0.99, rate=5e-3))  # a rate that the tuning seed did not choose
+    found = tables.summary(cells, [0, 1], 9)
     assert found["steps"]["won"]["NeoX"]["accuracy"] == [0.5, 0.5] and found["steps"]["won"]["NeoX"]["rate"] == 2e-3
     text = tables.report({"steps": found["steps"]})
-    assert "at or above the better component on 1 of 2 tasks: won +0.205 (+0.200, +0.210); lost -0.095" in text
+    assert "at or above the better component on 1 of 2 tasks" in text
+    assert "won, NeoX: +0.205 (95 % +0.141 .. +0.269), better (+0.200, +0.210)" in text
+    assert "lost, Mamba-2: -0.095 (95 % -0.159 .. -0.031), worse (-0.100, -0.090)" in text
     assert "at or above the better twice-as-deep model on 2 of 2 tasks" in text
     assert (
         "| NeoX (8) | 0.500 (0.500 .. 0.500) | 0.500 (0.500 .. 0.500) |" in text and "0.75 / 0.50, 0.75 / 0.50" in text
     )
+    assert "| NeoX | 0.002 | 0.002 |" in text
+
+
+def test_what_seeds_do_not_tell_apart_is_no_difference(models):
+    tables = importlib.import_module("benchmarks.hybrid_mad_tables")
+    assert tables.verdict([0.1]) == tables.verdict([0.1, 0.3, -0.1]) == "no significant difference"
+    assert tables.verdict([0.0, 0.0, 0.0]) == "no significant difference"
+    assert tables.verdict([0.1, 0.11, 0.12]) == "better" and tables.verdict([-0.1, -0.11, -0.12]) == "worse"

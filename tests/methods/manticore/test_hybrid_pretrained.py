@@ -108,6 +108,23 @@ def test_an_ensemble_of_one_weight_is_that_component() -> None:
     torch.testing.assert_close(first, alone[0], atol=1e-5, rtol=0)
 
 
+def test_projectors_of_least_squares_are_fitted_before_they_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems, texts = module("systems"), module("texts")
+    shop = object.__new__(systems.Workshop)
+    shop.pair = dict(zip(systems.NAMES, (tiny_backbone("gpt_neox"), tiny_backbone("mamba2")), strict=True))
+    shop.budget, shop.rates, shop.aligned = systems.Budget(align=1), {"align": 1e-9}, {}
+    stream = torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0))
+    part = texts.Part([stream])
+    shop.texts = SimpleNamespace(parts={texts.GENERAL: {"align": part, "test": part}})
+    found = {kind: shop.align(systems.Shape(projectors=kind), 0)[0] for kind in ("identity", "least_squares")}
+    identity, fitted = (
+        torch.cat([p.detach().flatten() for p in systems.projectors_of(model)]) for model in found.values()
+    )
+    assert len(identity) == len(fitted) and float((identity - fitted).abs().max()) > 1e-3
+    again = shop.align(systems.Shape(projectors="least_squares"), 0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), found["least_squares"].parameters(), strict=True))
+
+
 def test_every_search_moves_weights_towards_the_better_component(monkeypatch: pytest.MonkeyPatch) -> None:
     """A supernet of two predictions, one of which is right: what all searches must agree on."""
     found = module("search")
