@@ -122,7 +122,7 @@ class Bench:
             cells.take(f"curve|{row.name}|{tasks}|{seed}", at)
 
     def tuned(self, cells: Cells, row: Row | None, seed: int, share: float = 1.0) -> None:
-        """Fine-tuned on each support set, from where the row stands: all weights, and the learning rate by the support."""
+        """Fine-tuned on each support set, all weights from where the row stands, at a rate that the support chooses."""
         name = "pretrained" if row is None else row.name if share == 1.0 else f"{row.name}, WiSE {share}"
 
         def measure() -> dict[str, Any]:

@@ -52,6 +52,11 @@ def said(value: Mean, sign: bool = False) -> str:
     return f"{value.value:+.1f} ± {value.half:.1f}" if sign else f"{value.value:.1f} ± {value.half:.1f}"
 
 
+def cell(scores: Scores, domains: Sequence[str], minus: Scores) -> str:
+    """A mean, and in brackets its paired difference to others."""
+    return f"{mean(scores, domains).value:.1f} ({said(mean(scores, domains, minus), True)})"
+
+
 def main_table(cells: Cells) -> str:
     """Means over domains of each kind, the paired difference to the pretrained weights, calibration."""
     named = found(cells, "direct")
@@ -63,13 +68,11 @@ def main_table(cells: Cells) -> str:
     named |= {name: scores for name, scores in wise.items() if "WiSE" in name}
     for name in sorted(named, key=lambda n: mean(named[n], OUT_DOMAINS).value):
         scores = named[name]
-        changes = [said(mean(scores, domains, base), True) for domains in GROUPS.values()]
-        rows.append(
-            [name, *(f"{mean(scores, domains).value:.1f} ({change})" for domains, change in zip(GROUPS.values(), changes, strict=True)),
-             *(f"{ece(scores, domains):.3f}" for domains in GROUPS.values()), str(len(scores))]
-        )  # fmt: skip
+        got = [cell(scores, domains, base) for domains in GROUPS.values()]
+        errors = [f"{ece(scores, domains):.3f}" for domains in GROUPS.values()]
+        rows.append([name, *got, *errors, str(len(scores))])
     count = len(base[0][KEPT]["accuracy"])
-    title = f"Direct inference, {count} episodes a domain; in brackets the paired difference to the pretrained weights, 95 %."
+    title = f"Direct inference, {count} episodes a domain; in brackets the paired difference to pretrained, 95 %."
     names = list(GROUPS)
     return title + "\n\n" + markdown(["row", *names, "ECE in", "ECE out", "ECE retention", "seeds"], rows)
 
@@ -145,7 +148,7 @@ def learning(cells: Cells) -> str:
             scores = cut(direct[PRETRAINED] if count == 0 else direct[name] if count < 0 else curves[f"{name}|{count}"])
             row.append(" / ".join(f"{mean(scores, domains).value:.1f}" for domains in GROUPS.values()))
         rows.append(row)
-    title = f"Learning: in distribution / out of distribution / retention by tasks seen, {number} episodes a domain, seed 0."
+    title = f"Learning: in / out of distribution / retention by tasks seen, {number} episodes a domain, seed 0."
     return title + "\n\n" + markdown(["tasks", *named], rows)
 
 
@@ -157,8 +160,7 @@ def after_tuning(cells: Cells) -> str:
     direct |= {name.replace("|", ", WiSE "): scores for name, scores in found(cells, "dial").items()}
     rows: list[list[str]] = []
     for name, scores in named.items():
-        before = direct[name][:1]
-        rows.append([name, *(f"{mean(scores, d).value:.1f} ({said(mean(scores, d, before), True)})" for d in GROUPS.values())])  # fmt: skip
+        rows.append([name, *(cell(scores, domains, direct[name][:1]) for domains in GROUPS.values())])
     number = len(next(iter(named.values()))[0][KEPT]["accuracy"])
     title = (
         f"Fine-tuned on each support set, {number} episodes a domain, seed 0; in brackets the paired gain over direct."

