@@ -15,16 +15,20 @@ class Cells:
     def __init__(self, cache: Path | None, until: float = float("inf")) -> None:
         self.cache, self.until = cache, until
         self.found: dict[str, dict[str, Any]] = {}
-        if cache is not None and cache.exists():
-            lines = cache.read_text("utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            if len(whole) < len(lines):
-                cache.write_text("".join(whole), "utf-8")
-            rows = [json.loads(line) for line in whole]
-            self.found = {row.pop("key"): row for row in rows}
+        if cache is not None and cache.exists() and not (text := cache.read_text("utf-8")).endswith("\n"):
+            cache.write_text(text[: text.rfind("\n") + 1], "utf-8")
+        self.read()
+
+    def read(self) -> None:
+        """What is in the file by now: another process may write there too."""
+        if self.cache is not None and self.cache.exists():
+            rows = [json.loads(line) for line in self.cache.read_text("utf-8").splitlines(True) if line.endswith("\n")]
+            self.found |= {row.pop("key"): row for row in rows}
 
     def take(self, key: str, measure: Cell) -> dict[str, Any]:
         """The cell of this name, measured if it is not there; SystemExit where the time is up."""
+        if key not in self.found:
+            self.read()
         if key not in self.found:
             if time.time() >= self.until:
                 raise SystemExit(f"time is up before {key}; the same command goes on here.")

@@ -182,8 +182,13 @@ def plain(scores: dict[str, Score]) -> dict[str, Any]:
     return {name: score.plain() for name, score in scores.items()}
 
 
-def run(bench: Bench, cells: Cells) -> None:
-    """Everything, what matters most first."""
+def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
+    """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
+    others = [(row, seed) for seed in range(bench.sizes.seeds) for row in MAIN[3:]]
+    if backwards:
+        for row, seed in reversed(others):
+            bench.direct(cells, row, seed)
+        return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
     seeds = range(bench.sizes.seeds)
     for seed in seeds:
@@ -191,9 +196,8 @@ def run(bench: Bench, cells: Cells) -> None:
             bench.direct(cells, row, seed)
             bench.dials(cells, row, seed)
         bench.ablations(cells, row_named(SMAT), seed)
-    for seed in seeds:
-        for row in MAIN[3:]:
-            bench.direct(cells, row, seed)
+    for row, seed in others:
+        bench.direct(cells, row, seed)
     for row in (None, *MAIN[:3]):
         bench.tuned(cells, row, 0)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--pretrain", action="store_true", help="train the backbone and end")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--backwards", action="store_true", help="the last rows first, beside a second process")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="print the tables of what is in the cache")
     given = parser.parse_args()
@@ -266,8 +271,9 @@ def main() -> None:
     bench = Bench(drawn, partial(opened, given.out), budget, sizes, given.cache / "few_shot_rows")
     cells = Cells(file, time.time() + 60 * given.minutes)
     try:
-        run(bench, cells)
+        run(bench, cells, given.backwards)
     finally:
+        cells.read()
         result = {"budget": asdict(budget), "sizes": asdict(sizes), "pretraining": asdict(Pretraining())}
         result |= {"markdown": tables(cells.found), "cells": compact(cells.found)}
         write_json(RESULT, {**surroundings(started), "command": "python -m benchmarks.few_shot", **result})
