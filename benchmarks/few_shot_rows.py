@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixwright.methods.smat.fresh import set_masks
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -24,6 +23,7 @@ from mixwright.data.episode_batches import episode_batches
 from mixwright.data.episode_samplers import VariableEpisodes
 from mixwright.data.episodes import EpisodeSource
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.fresh import set_masks
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.recipe import groups, stages
 from mixwright.ops.prototypes import class_means, cosine_scores
@@ -81,10 +81,10 @@ MAIN = (
     Row(PMF, ONE | {"distillation": 0.0, "inner_rate": 0.0}),
     Row(SMAT),
     Row(PMF_KD, ONE),
-    Row("soft merging", {"changes": "own"}),
     Row("random masks", {"masks": "random"}),
     Row("post-hoc sparse", GIVEN, masks_of=PMF),
     Row("Fisher mask", GIVEN, masks_of="fisher"),
+    Row("soft merging", {"changes": "own"}),
     Row("biases only", ONE | {"include": ("*.bias",)}),
     Row("LayerNorms only", ONE | {"include": ("*layernorm*",)}),
     Row("attention only", ONE | {"include": ("*attention*",)}),
@@ -92,9 +92,9 @@ MAIN = (
 MORE = (
     Row("SMAT, no distillation", {"distillation": 0.0}),
     Row("SMAT, sparsity .5", {"sparsity": 0.5}),
+    Row("SMAT, sparsity rises", {"annealed": 0.5}),
     Row("SMAT, sparsity .8", {"sparsity": 0.8}),
     Row("SMAT, sparsity .95", {"sparsity": 0.95}),
-    Row("SMAT, sparsity rises", {"annealed": 0.5}),
     Row("SMAT, masks come back", {"regrowth": 0.1}),
     Row("SMAT, 8 experts", {"experts": 8}),
 )
