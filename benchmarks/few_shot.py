@@ -57,6 +57,8 @@ class Sizes:
     """How much is measured."""
 
     episodes: int = 600
+    routed_episodes: int = 150
+    """Of pools other than SMAT, which need a pass for every episode."""
     curve_episodes: int = 50
     tuned_episodes: int = 5
     seeds: int = 2
@@ -84,7 +86,9 @@ class Bench:
     def direct(self, cells: Cells, row: Row, seed: int) -> None:
         """The row as it is used: no gradient step at test time."""
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
-        cells.take(f"direct|{row.name}|{seed}", lambda: plain(self._scores(self.trainer.trained(row, seed))))
+        routed = None if row.name == SMAT else self.sizes.routed_episodes
+        key = f"direct|{row.name}|{seed}"
+        cells.take(key, lambda: plain(self._scores(self.trainer.trained(row, seed), None, routed)))
 
     def dials(self, cells: Cells, row: Row, seed: int) -> None:
         """The row between the pretrained weights (0) and its own (1); a pool's experts count alike here."""
@@ -117,7 +121,8 @@ class Bench:
             def at(tasks: int = tasks) -> dict[str, Any]:
                 found = self.trainer.trained(row, seed)
                 load(found.model, found.snapshots[tasks])
-                return plain(self._scores(found, self.sizes.curve_episodes))
+                number = self.sizes.curve_episodes
+                return plain(self._scores(found, number, number))
 
             cells.take(f"curve|{row.name}|{tasks}|{seed}", at)
 
@@ -146,10 +151,11 @@ class Bench:
     def _between(self, row: Row, seed: int, share: float) -> Weights:
         return between(self.base, self._uniform(row, seed), share)
 
-    def _scores(self, found: Trained, number: int | None = None) -> dict[str, Score]:
+    def _scores(self, found: Trained, fixed: int | None, routed: int | None) -> dict[str, Score]:
+        """On so many episodes, by whether its weights are the same for all."""
         if found.is_fixed:
-            return self.exams.fixed(found.uniform(), number)
-        return self.exams.chosen(found.routed, number)
+            return self.exams.fixed(found.uniform(), fixed)
+        return self.exams.chosen(found.routed, routed)
 
     def _described(self, row: Row, seed: int) -> dict[str, Any]:
         """What it cost and what it became."""
@@ -197,12 +203,14 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
             bench.dials(cells, row, seed)
         if seed == 0:
             bench.ablations(cells, row_named(SMAT), seed)
+    for row in MAIN[3:]:
+        bench.direct(cells, row, 0)
+    for name in CURVES:
+        bench.curve(cells, row_named(name), 0)
     for row in (None, *MAIN[:3]):
         bench.tuned(cells, row, 0)
     for row in MORE[:3]:
         bench.alike(cells, row, 0)
-    for name in CURVES:
-        bench.curve(cells, row_named(name), 0)
     for row, seed in others:
         bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
@@ -219,7 +227,7 @@ def quick(folder: Path, data: Path) -> Bench:
     model = empty_vit(Pretraining(width=16, layers=2))
     model.save_pretrained(folder / "few_shot_quick_vit")
     budget = Budget(tasks=6, accumulate=2, snapshots=(2,), fisher_tasks=2, experts=2)
-    sizes = Sizes(episodes=3, curve_episodes=2, tuned_episodes=1, seeds=1)
+    sizes = Sizes(episodes=3, routed_episodes=2, curve_episodes=2, tuned_episodes=1, seeds=1)
     return Bench(given, partial(opened, folder / "few_shot_quick_vit"), budget, sizes, folder / "few_shot_quick_rows")
 
 

@@ -70,11 +70,11 @@ def main_table(cells: Cells) -> str:
         scores = named[name]
         got = [cell(scores, domains, base) for domains in GROUPS.values()]
         errors = [f"{ece(scores, domains):.3f}" for domains in GROUPS.values()]
-        rows.append([name, *got, *errors, str(len(scores))])
+        rows.append([name, *got, *errors, f"{len(scores)} x {len(scores[0][KEPT]['accuracy'])}"])
     count = len(base[0][KEPT]["accuracy"])
     title = f"Direct inference, {count} episodes a domain; in brackets the paired difference to pretrained, 95 %."
     names = list(GROUPS)
-    return title + "\n\n" + markdown(["row", *names, "ECE in", "ECE out", "ECE retention", "seeds"], rows)
+    return title + "\n\n" + markdown(["row", *names, "ECE in", "ECE out", "ECE retention", "seeds x episodes"], rows)
 
 
 def by_domain(cells: Cells) -> str:

@@ -47,7 +47,7 @@ def bench(tmp_path: Path) -> Any:
     torch.manual_seed(0)
     backbone.empty_vit(backbone.Pretraining(width=16, layers=1)).save_pretrained(tmp_path / "vit")
     budget = rows.Budget(tasks=4, accumulate=2, experts=2, snapshots=(2,), fisher_tasks=2)
-    sizes = few.Sizes(episodes=4, curve_episodes=2, tuned_episodes=1, seeds=1)
+    sizes = few.Sizes(episodes=4, routed_episodes=3, curve_episodes=2, tuned_episodes=1, seeds=1)
     return few.Bench(given, partial(few.opened, tmp_path / "vit"), budget, sizes, tmp_path / "rows")
 
 
