@@ -8,7 +8,8 @@ alternates in one run. Contenders: `mixwright`, its compiled passes where they a
 without them; `autograd`, theta + (sum_m alpha_m z_m) delta as one writes it down; `bare`, the backbone's own gradients
 with no experts (what full meta-tuning has). Memory is what torch holds at most during the step beyond the backbone's
 parameters: the pool's parameters, their gradients, activations and all else. `merge` is a new support set's weights
-without gradients, beside a forward pass of 25 images.
+without gradients, beside a forward pass of 25 images: from logits, by a byte for each weight where masks are 0 or 1,
+and `switch`, copying weights that were merged before into the backbone and taking them back.
 
 Bars: `mixwright` at most half of `autograd`'s memory, and no slower.
 """
@@ -26,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTModel
 
 from benchmarks.timing import alternate, machine, peak_bytes, show, summary, write
+from mixwright.composition.rollback import Rollback
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.ops import kernels
@@ -92,8 +94,17 @@ class Pool:
         self.loss(leaves).backward()
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        return self.deltas.onto(self.theta, Routing(self.weights, EXPERTS))
+    def merged(self, deltas: SparseDeltas | None = None) -> dict[str, Tensor]:
+        return (deltas or self.deltas).onto(self.theta, Routing(self.weights, EXPERTS))
+
+    def switching(self) -> Callable[[], None]:
+        merged, rollback = self.merged(), Rollback(self.backbone)
+
+        def switch() -> None:
+            rollback.apply(merged)
+            rollback.undo()
+
+        return switch
 
     @torch.no_grad()
     def merged_plainly(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import io
 import math
 import zlib
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixwright.data.domains import Domain, tensor_domain
-from mixwright.data.encoded import Encoded
+from mixwright.data.encoded import DAMAGED, Encoded
 
 _LARGEST = 2 << 30
 _IMAGES, _LABELS = ("images", "x", "data"), ("labels", "y", "targets")
@@ -32,7 +32,7 @@ def npz_domain(name: str, path: Path) -> Domain:
             raise ValueError(f"{size} bytes when unpacked; at most {_LARGEST} are held in memory")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in (*_IMAGES, *_LABELS, "class_names")}
-    except (OSError, ValueError, BadZipFile, EOFError, MemoryError, zlib.error) as error:
+    except (*DAMAGED, ValueError, MemoryError, SyntaxError) as error:
         raise ValueError(f"{path}: not an .npz file of plain arrays ({error}).") from error
     images, labels = (_first(arrays, keys, path) for keys in (_IMAGES, _LABELS))
     names = arrays.get("class_names")

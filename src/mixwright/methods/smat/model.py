@@ -8,6 +8,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -26,9 +27,11 @@ from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
 from mixwright.methods.smat.fresh import Experts, fresh_experts
 from mixwright.routers.support_set import SupportSetRouter
+from mixwright.routing import Routing
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
+    from mixwright.methods.smat.exporting import ExportedPool
 
 
 def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> "FewShotModel":
@@ -94,6 +97,28 @@ class FewShotModel(EpisodicModel):
         if not isinstance(self.mixture.experts, SparseDeltas):
             return plain
         return stored_state(self, plain, self.composition.config.get("storage", "exact"))
+
+    def export(
+        self,
+        support: Given | Route | Routing | str,
+        folder: str | Path | None = None,
+        *,
+        strength: float | None = None,
+        sparse: bool = False,
+    ) -> "dict[str, Tensor] | ExportedPool":
+        """One adaptation for those who have no pool: a plain state dict or, with `folder`, a folder; see `exporting`.
+
+        What is given is as for `commit`. The folder holds the whole model as its own library saves it or, `sparse`, an
+        adapter for PEFT.
+        """
+        from mixwright.methods.smat import exporting, sparse_adapter
+
+        if folder is None:
+            if sparse:
+                raise ValueError("export: a sparse adapter is a folder of files; give the folder.")
+            return exporting.export_state(self, support, strength)
+        write = sparse_adapter.export_peft if sparse else exporting.export_folder
+        return write(self, support, Path(folder), strength)
 
     def num_added_parameters(self) -> int:
         """Numbers that are trained: router, shared change, masks, multipliers."""

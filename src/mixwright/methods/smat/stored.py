@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from mixwright.composition.base_digests import digests
 from mixwright.composition.restoring import of_whole
 from mixwright.errors import CatalogError
+from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.fresh import fresh_experts
-from mixwright.methods.smat.model import FewShotModel, assemble, maskable
+from mixwright.methods.smat.model import FewShotModel, assemble
 from mixwright.methods.smat.packing import Storage, pack, unpack
 from mixwright.routers.support_set import SupportSetRouter
 
