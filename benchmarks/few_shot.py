@@ -60,7 +60,7 @@ class Sizes:
     routed_episodes: int = 150
     """Of pools other than SMAT, which need a pass for every episode."""
     curve_episodes: int = 50
-    tuned_episodes: int = 5
+    tuned_episodes: int = 3
     seeds: int = 2
 
 
@@ -192,7 +192,7 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
     others = [(row, seed) for seed in range(bench.sizes.seeds) for row in MAIN[3:]]
     if backwards:
-        for row, seed in reversed(others):
+        for row, seed in sorted(reversed(others), key=lambda other: other[1]):
             bench.direct(cells, row, seed)
         return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
@@ -203,12 +203,14 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
             bench.dials(cells, row, seed)
         if seed == 0:
             bench.ablations(cells, row_named(SMAT), seed)
-    for row in MAIN[3:]:
+    for row in MAIN[3:6]:
+        bench.direct(cells, row, 0)
+    for row in (None, *MAIN[:3]):
+        bench.tuned(cells, row, 0)
+    for row in MAIN[6:]:
         bench.direct(cells, row, 0)
     for name in CURVES:
         bench.curve(cells, row_named(name), 0)
-    for row in (None, *MAIN[:3]):
-        bench.tuned(cells, row, 0)
     for row in MORE[:3]:
         bench.alike(cells, row, 0)
     for row, seed in others:

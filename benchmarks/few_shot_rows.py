@@ -1,7 +1,8 @@
 """The contenders: how each is meta-tuned, through the product's own stage, and what it serves for a support set.
 
 All see the same episodes in the same order, with the same optimiser and rate for what they may change. P>M>F is one
-expert without masks and without distillation; every other row has SMAT's loss, and differs in what may change.
+expert without masks and without distillation; rows that say where it may act (by hand, by Fisher information, by its
+own largest changes) are trained as it is. Random masks and soft merging have SMAT's loss.
 """
 
 import time
@@ -76,18 +77,19 @@ class Row:
 
 ONE: dict[str, Any] = {"experts": 1, "masks": "all"}
 GIVEN: dict[str, Any] = {"experts": 1, "masks": "given"}
+PLAIN: dict[str, Any] = {"distillation": 0.0, "inner_rate": 0.0}
 PMF, PMF_KD, SMAT = "P>M>F", "P>M>F + distillation", "SMAT"
 MAIN = (
-    Row(PMF, ONE | {"distillation": 0.0, "inner_rate": 0.0}),
+    Row(PMF, ONE | PLAIN),
     Row(SMAT),
     Row(PMF_KD, ONE),
     Row("random masks", {"masks": "random"}),
-    Row("post-hoc sparse", GIVEN, masks_of=PMF),
-    Row("Fisher mask", GIVEN, masks_of="fisher"),
+    Row("post-hoc sparse", GIVEN | PLAIN, masks_of=PMF),
+    Row("Fisher mask", GIVEN | PLAIN, masks_of="fisher"),
     Row("soft merging", {"changes": "own"}),
-    Row("biases only", ONE | {"include": ("*.bias",)}),
-    Row("LayerNorms only", ONE | {"include": ("*layernorm*",)}),
-    Row("attention only", ONE | {"include": ("*attention*",)}),
+    Row("biases only", ONE | PLAIN | {"include": ("*.bias",)}),
+    Row("LayerNorms only", ONE | PLAIN | {"include": ("*layernorm*",)}),
+    Row("attention only", ONE | PLAIN | {"include": ("*attention*",)}),
 )
 MORE = (
     Row("SMAT, no distillation", {"distillation": 0.0}),

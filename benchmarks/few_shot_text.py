@@ -22,7 +22,20 @@ from torch import Tensor, nn
 import mixwright as mw
 from benchmarks.cells import Cells
 from benchmarks.few_shot_exam import Rows, Score, Weights, answers, averaged, scored
-from benchmarks.few_shot_rows import ONE, PMF, PMF_KD, SMAT, Budget, Row, Trained, between, load, meta_tuned, state_of
+from benchmarks.few_shot_rows import (
+    ONE,
+    PLAIN,
+    PMF,
+    PMF_KD,
+    SMAT,
+    Budget,
+    Row,
+    Trained,
+    between,
+    load,
+    meta_tuned,
+    state_of,
+)
 from benchmarks.record import surroundings, write_json
 from benchmarks.text_tasks import HELD_IN, HELD_OUT
 from mixwright.backbones.hf import load_tokenizer
@@ -37,7 +50,7 @@ RESULT = Path("benchmarks/results/few_shot_text.json")
 HOME = Path.home() / ".cache/mixwright"
 SHOTS, QUERIES, LENGTH, TEXTS = (5, 20), 10, 32, 400
 DIALS = (0.25, 0.5, 0.75)
-ROWS = (Row(PMF, ONE | {"distillation": 0.0, "inner_rate": 0.0}), Row(SMAT), Row(PMF_KD, ONE))
+ROWS = (Row(PMF, ONE | PLAIN), Row(SMAT), Row(PMF_KD, ONE))
 
 
 @dataclass(frozen=True)
