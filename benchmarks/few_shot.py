@@ -192,7 +192,7 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
     others = [(row, seed) for seed in range(bench.sizes.seeds) for row in MAIN[3:]]
     if backwards:
-        for row, seed in sorted(reversed(others), key=lambda other: other[1]):
+        for row, seed in sorted(others[::-1], key=lambda other: other[1]):
             bench.direct(cells, row, seed)
         return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
