@@ -190,13 +190,13 @@ def plain(scores: dict[str, Score]) -> dict[str, Any]:
 
 def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
-    others = [(row, seed) for seed in range(bench.sizes.seeds) for row in MAIN[3:]]
+    seeds = range(bench.sizes.seeds)
     if backwards:
-        for row, seed in sorted(others[::-1], key=lambda other: other[1]):
-            bench.direct(cells, row, seed)
+        for seed in seeds:
+            for row in reversed(MAIN[3:]):
+                bench.direct(cells, row, seed)
         return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
-    seeds = range(bench.sizes.seeds)
     for seed in seeds:
         for row in MAIN[:3]:
             bench.direct(cells, row, seed)
@@ -213,8 +213,9 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.curve(cells, row_named(name), 0)
     for row in MORE[:3]:
         bench.alike(cells, row, 0)
-    for row, seed in others:
-        bench.direct(cells, row, seed)
+    for seed in seeds[1:]:
+        for row in MAIN[3:]:
+            bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
     for row in MORE[3:]:
         bench.alike(cells, row, 0)
