@@ -105,7 +105,7 @@ def train(
     if isinstance(read, Texts):
         job = open_job(settings, read, backbone, load_tokenizer(sources[0].path, revision=sources[0].revision))
     else:
-        job = open_episode_job(settings, config.episodes, read, backbone)
+        job = open_episode_job(settings, config.episodes, read, backbone, check=dry_run)
     request = Request(only=stage, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
     if card.trains == "composition":
         return train_composition(job, stages, _onto, request)

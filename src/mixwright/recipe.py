@@ -114,6 +114,8 @@ class EpisodeConfig:
     """A class counts as no larger than this when the size of the support is drawn."""
     imbalance: Annotated[float, Ge(1)] = 2.0
     """The most by which a class is over- or under-represented in the support."""
+    weights: dict[str, Annotated[float, Gt(0)]] | None = None
+    """How often each domain is drawn, by name, beside 1 for those not named."""
     hierarchy: bool = True
     """Whether the classes of an episode are of one group, where classes have groups."""
     augment: Literal["none", "shapes", "photos"] = "photos"

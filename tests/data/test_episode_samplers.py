@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mixwright.data.domains import tensor_domain
 from mixwright.data.episode_samplers import FixedEpisodes, VariableEpisodes
@@ -89,11 +91,21 @@ def test_classes_that_are_copies_of_each_other_are_refused_when_they_meet():
         source.episode(0)
 
 
-def test_labels_that_do_not_go_with_the_items_are_refused():
-    with pytest.raises(ValueError, match="3 labels for 2 items"):
-        tensor_domain("short", torch.zeros(2, 1), [0, 1, 0])
-    with pytest.raises(ValueError, match="label -1"):
-        tensor_domain("negative", torch.zeros(2, 1), [0, -1])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"labels": [0, 1, 0]}, "domain x: 3 labels for 2 items"),
+        ({"labels": [0, -1]}, "domain x: label -1; expected 0 to 0"),
+        ({"labels": [0, 2], "class_names": ("a", "b")}, "domain x: label 2; expected 0 to 1"),
+        ({"groups": ("g",)}, "domain x: 1 groups for 2 classes"),
+        ({"weight": 0.0}, "domain x: weight 0"),
+        ({"items": torch.tensor([[0.0], [float("nan")]])}, "domain x: item 1 has NaN or infinite values"),
+        ({"items": {"a": torch.zeros(2), "b": torch.tensor([1.0, float("inf")])}}, "domain x: item 1 has NaN"),
+    ],
+)
+def test_a_faulty_domain_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        tensor_domain("x", **{"items": torch.zeros(2, 1), "labels": [0, 1], **settings})
 
 
 def test_the_digest_names_items_labels_and_names():
@@ -131,20 +143,15 @@ def test_queries_are_at_most_half_of_the_smallest_class():
 
 
 def test_larger_classes_have_more_shots_and_balance_can_be_asked_for():
-    sizes = (20, 80)
-    even = [
-        torch.bincount(variable(domain(sizes=sizes), ways=(2, 2), imbalance=1.0).episode(i).labels) for i in range(60)
-    ]
-    names = [variable(domain(sizes=sizes), ways=(2, 2), imbalance=1.0).episode(i).meta["classes"] for i in range(60)]
-    large = sum(int(shots[classes.index("1")]) for shots, classes in zip(even, names))
-    assert large / sum(int(shots.sum()) for shots in even) > 0.7
-    same = [
-        torch.bincount(variable(domain(sizes=(40, 40)), ways=(2, 2), imbalance=1.0).episode(i).labels)
-        for i in range(20)
-    ]
-    assert all(int(shots[0]) == int(shots[1]) for shots in same)
-    tilted = [torch.bincount(variable(domain(sizes=(40, 40)), ways=(2, 2)).episode(i).labels) for i in range(20)]
-    assert any(int(shots[0]) != int(shots[1]) for shots in tilted)
+    source = variable(domain(sizes=(20, 80)), ways=(2, 2), imbalance=1.0)
+    drawn = [source.episode(index) for index in range(40)]
+    large = sum(int((one.labels == one.meta["classes"].index("1")).sum()) for one in drawn)
+    assert large / sum(len(one.labels) for one in drawn) > 0.7
+    alike = domain(sizes=(40, 40))
+    even, tilted = (variable(alike, ways=(2, 2), imbalance=by) for by in (1.0, 2.0))
+    shots = [[torch.bincount(source.episode(i).labels).tolist() for i in range(12)] for source in (even, tilted)]
+    assert all(first == second for first, second in shots[0])
+    assert any(first != second for first, second in shots[1])
 
 
 def test_classes_of_an_episode_are_of_one_group():
@@ -195,3 +202,24 @@ def test_classes_that_all_copy_each_other_are_refused_when_they_meet():
     items = torch.arange(6.0).repeat(3)[:, None]
     with pytest.raises(ValueError, match="all but one of its classes hold copies"):
         variable(tensor_domain("same", items, [row // 6 for row in range(18)])).episode(0)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.integers(0, 5), st.integers(2, 6), st.integers(1, 8))
+def test_whatever_the_classes_episodes_are_disjoint_and_balanced_in_queries(sizes, copies, most, queries):
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    items = torch.arange(float(len(labels)))
+    items[torch.randint(len(labels), (copies,), generator=torch.Generator().manual_seed(len(labels)))] = 0.0
+    some = tensor_domain("any", items[:, None], labels)
+    if sum(len(rows) > 1 for rows in some.rows) < 2:
+        with pytest.raises(ValueError, match="distinct items or more"):
+            variable(some, ways=(2, most), queries=queries, support=20)
+        return
+    source = variable(some, ways=(2, most), queries=queries, support=20)
+    for index in range(3):
+        episode = source.episode(index)
+        check_episode(episode)
+        values = [*episode.support.flatten().tolist(), *episode.query.flatten().tolist()]
+        assert len(set(values)) == len(values) and len(episode.labels) <= 20
+        assert torch.bincount(episode.query_labels).unique().numel() == 1
+        assert all(sizes[int(name)] > 1 for name in episode.meta["classes"])

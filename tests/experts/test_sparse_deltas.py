@@ -12,6 +12,7 @@ from mixwright.experts.dense_deltas import DenseDeltas
 from mixwright.experts.maskable import maskable
 from mixwright.experts.overlap import overlap
 from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.ops import kernels
 from mixwright.ops.hard_concrete import DEAD, LIMIT, mask
 from mixwright.routing import Routing
 
@@ -171,6 +172,40 @@ def test_binarised_masks_are_whole_and_one_expert_that_is_binary_is_unchanged() 
     deltas.binarise()
     assert all(torch.equal(deltas.onto(theta, routing(0.2, 0.5, 0.3))[name], served[name]) for name in SHAPES)
     assert overlap(deltas).fractional == 0
+
+
+@pytest.fixture
+def calls(compiled: kernels.Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the compiled functions, as they are called."""
+    seen: list[str] = []
+
+    def spy(name: str) -> Any:
+        return lambda *given: (seen.append(name), getattr(compiled, name)(*given))[1]
+
+    monkeypatch.setattr(kernels, "kernel", lambda: kernels.Kernels(*(spy(name) for name in kernels.Kernels._fields)))
+    return seen
+
+
+def test_binary_masks_are_served_by_their_bytes_with_the_same_bits(calls: list[str]) -> None:
+    deltas, theta, routed = pool(experts=8).eval(), base(), routing(0.3, 0.1, 0.0, 0.2, 0.1, 0.05, 0.15, 0.1)
+    deltas.binarise()
+    plain = deltas.onto(theta, routed, 0.5)
+    assert set(calls) == {"interpolate"}
+    with torch.no_grad():
+        calls.clear()
+        served = deltas.onto(theta, routed, 0.5)
+        assert set(calls) == {"interpolate_members"}
+        assert all(torch.equal(served[name], plain[name]) for name in SHAPES)
+        assert torch.equal(deltas.onto(theta, routed, 0.0)["a.weight"], theta["a.weight"])
+        deltas.logits["a/bias"].fill_(-LIMIT)
+        assert torch.equal(deltas.onto(theta, routed)["a.bias"], theta["a.bias"])
+        deltas.logits["a/bias"].fill_(0.3)
+        calls.clear()
+        deltas.onto(theta, routed)
+        assert calls.count("interpolate") == 1
+        calls.clear()
+        deltas.train().onto(theta, routed)
+        assert "interpolate_members" not in calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """`mw.train` on domains: images and texts, from folders and arrays, through a method that reads episodes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_a_dry_run_counts_one_episode_a_pass(folder: Path, tmp_path: Path) -> No
     assert report.plans[0].memory["activations"] > 0
 
 
+def test_a_dry_run_reads_every_item(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "dots", tmp_path / "dots")
+    whole = sorted((tmp_path / "dots").rglob("*.png"))[-1]
+    whole.write_bytes(whole.read_bytes()[:-30])
+    given = {**recipe(folder, tmp_path / "run"), "data": {"domains": {"dots": str(tmp_path / "dots")}}}
+    with pytest.raises(ValueError, match=f"{whole.name}: a damaged image"):
+        mw.train(given, dry_run=True, quiet=True)
+
+
 def test_a_run_that_was_cut_off_goes_on_to_the_same_pool(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +147,12 @@ def test_classes_can_be_held_out_of_training_domains(folder: Path, tmp_path: Pat
     assert len(held) == 4 and len(trained) == 12 and not held & trained
 
 
+def test_domains_are_drawn_as_often_as_their_weights_say(folder: Path, tmp_path: Path) -> None:
+    job = opened(recipe(folder, tmp_path, episodes={"weights": {"dots": 9.0}, "queries": 1, "support": 4}))
+    names = [job.data.batch(index).meta["domain"] for index in range(60)]
+    assert 45 < names.count("dots") < 60
+
+
 def test_the_identity_of_a_run_names_what_is_read_and_how(folder: Path, tmp_path: Path) -> None:
     base = opened(recipe(folder, tmp_path))
     again = opened(recipe(folder, tmp_path))
@@ -165,6 +181,10 @@ def test_the_identity_of_a_run_names_what_is_read_and_how(folder: Path, tmp_path
         ({"config": {"episodes": {"ways": [9, 3]}}}, "recipe.config.episodes: ways 9 to 3"),
         ({"config": {"episodes": {"shots": 2}}}, "recipe.config.episodes: ways 5 to 50; with shots it is one number"),
         ({"config": {"episodes": {"shots": 5, "ways": 3}}}, "0 of its 8 classes have 6 distinct items or more"),
+        (
+            {"config": {"episodes": {"weights": {"cells": 2.0}}}},
+            "config.episodes.weights.cells: data.domains has",
+        ),
         ({"config": {"episodes": {"way": 3}}}, "did you mean 'ways'"),
         ({"config": {"episodes": {"held_out_classes": 0.1}}}, "both parts need two"),
     ],

@@ -48,8 +48,14 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
 
 
 def _listed(value: Any) -> str:
-    """A setting; lists and tuples, which a file does not tell apart, as one thing."""
-    return plain(", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else value)
+    """A setting, written the same before and after it was in a file, where tuples become lists."""
+    return plain(", ".join(map(_listed, value)) or "none" if isinstance(value, list | tuple) else _as_read(value))
+
+
+def _as_read(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_read(one) for key, one in value.items()}
+    return [_as_read(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _tasks(stored: "StoredComposition") -> list[str]:

@@ -1,22 +1,28 @@
 """A backbone whose weights an episode's support set chooses: adapted for one pass, for a while, or for good."""
 
+import fnmatch
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.backbones.eval_mode import eval_mode
+from mixwright.composition.adaptations import Adaptation, adaptation_in, forget, names_in
 from mixwright.composition.checkpointing import checkpoint_options
 from mixwright.composition.features import FeatureExtractor, Features
 from mixwright.composition.model import ComposedModel, Composition
 from mixwright.composition.parameter_mixture import ParameterMixture
 from mixwright.composition.probe import Probe
+from mixwright.composition.reading import reader_of
 from mixwright.composition.rollback import Rollback
+from mixwright.composition.route import Route
 from mixwright.composition.substitution import in_place_of
+from mixwright.composition.support import Given, Labelled, Read, labelled, shapes_of
 from mixwright.experts.base import AbstractDeltas
+from mixwright.ops.prototypes import class_means
 from mixwright.ops.rows import Inputs, count, take
 from mixwright.routers.base import AbstractRouter
 from mixwright.routing import Condition, Routing, SupportSet
@@ -27,7 +33,8 @@ class EpisodicModel(ComposedModel):
 
     With `condition.support` a pass is under the weights of that support set, and gradients reach router and experts;
     without, under the weights as they stand: the pretrained ones, or those of `adapted` and `commit`, which change them
-    in place and take them back to the bit. `features`: see `FeatureExtractor`.
+    in place and take them back to the bit. `features`: see `FeatureExtractor`. `reader`: reads raw items, where
+    they are not texts or pictures whose reading lies beside the backbone.
     """
 
     def __init__(
@@ -47,6 +54,9 @@ class EpisodicModel(ComposedModel):
         self._rollback = Rollback(backbone)
         self._trained = [module for module in backbone.modules() if module.training]
         self._in_force: Mapping[str, Tensor] = {}
+        self._forbidden: frozenset[str] = frozenset()
+        self._cache: dict[str, tuple[tuple[object, ...], dict[str, Tensor]]] = {}
+        self.reader: Read | None = None
 
     def forward(
         self, *args: Any, condition: Condition | None = None, task_ids: Tensor | None = None, **kwargs: Any
@@ -86,23 +96,56 @@ class EpisodicModel(ComposedModel):
         return self.mixture.route(known, Condition(support=support))
 
     def weights_for(self, routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
-        """The parameters of the backbone under a routing: pretrained + strength * (their change)."""
-        return self.mixture.weights(self._rollback.pristine(), routing, strength)
+        """The parameters of the backbone under a routing: pretrained + strength * (their change).
+
+        Those that are forbidden are left out: they stay as pretrained.
+        """
+        found = self.mixture.weights(self._rollback.pristine(), routing, strength)
+        return {name: tensor for name, tensor in found.items() if name not in self._forbidden}
+
+    def forbid(self, *patterns: str) -> tuple[str, ...]:
+        """No adaptation changes the parameters that these globs name, until the next call; without any, all may change.
+
+        Returns their names. Raises ValueError for a glob that names none.
+        """
+        names = self.mixture.experts.names
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"{pattern!r} names none of the parameters that may change ({names[0]}, ...).")
+        self._forbidden = frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
+        return tuple(name for name in names if name in self._forbidden)
 
     @torch.no_grad()
-    def commit(self, support: SupportSet | Routing, strength: float = 1.0) -> Routing:
-        """Change the backbone's weights in place, to those for a support set, until `rollback`."""
-        routing = support if isinstance(support, Routing) else self.settled_routing(support)
-        self._rollback.apply(self.weights_for(routing, strength))
+    def commit(self, support: Given | Route | Routing | str, strength: float | None = None) -> Routing:
+        """Change the backbone's weights in place, to those for a support set, until `rollback`.
+
+        A route, a routing, or the name of an adaptation that is remembered serve as well. `strength`: from 0, exactly
+        the pretrained weights, to 1, the default unless the adaptation was remembered with another.
+        """
+        routing, weights = self._adaptation(support, strength)
+        self._rollback.seal()
+        self._rollback.apply(weights)
         return routing
 
     def rollback(self) -> None:
         """Take back the last `commit`, to the bit. Raises ValueError where nothing was committed."""
         self._rollback.undo()
 
+    @property
+    def depth(self) -> int:
+        """Commits that stand."""
+        return self._rollback.depth
+
+    def is_pristine(self) -> bool:
+        """Whether every byte of the backbone is as it was before the first commit, or the first call of this."""
+        return self._rollback.is_pristine()
+
     @contextmanager
-    def adapted(self, support: SupportSet | Routing, strength: float = 1.0) -> Generator[Routing]:
-        """Inside the block the backbone's weights are those for a support set; then they are what they were."""
+    def adapted(self, support: Given | Route | Routing | str, strength: float | None = None) -> Generator[Routing]:
+        """Inside the block the backbone's weights are those for a support set; then they are what they were.
+
+        What is given is as for `commit`. Blocks nest; commits made inside are taken back too.
+        """
         routing = self.commit(support, strength)
         depth = self._rollback.depth
         try:
@@ -111,12 +154,74 @@ class EpisodicModel(ComposedModel):
             while self._rollback.depth >= depth:
                 self._rollback.undo()
 
-    def settled_routing(self, support: SupportSet) -> Routing:
-        """`routing` in evaluation: nothing is drawn, no gradients."""
-        with eval_mode(self.mixture.router):
-            return self.routing(support)
+    def labelled(self, support: Given) -> Labelled:
+        """A support set in any form, checked, as `Labelled`: raises as `composition.support.labelled` does."""
+        return labelled(support, next(self.backbone.parameters()), self.read)
 
-    def train(self, mode: bool = True) -> "EpisodicModel":
+    def read(self, items: Sequence[Any]) -> Inputs:
+        """Raw items as the backbone reads them, by `reader` or, for texts, its tokenizer. Raises TypeError."""
+        return (self.reader or reader_of(self, items))(items)
+
+    def support_features(self, support: SupportSet) -> Float[Tensor, "shots width"]:
+        """`frozen_features` of a support set. Raises ValueError where the backbone can't read its items."""
+        try:
+            features = self.frozen_features(support.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"support: the backbone, a {type(self.backbone).__name__}, cannot read items of {shapes_of(support)} "
+                f"({str(error).strip().splitlines()[0]}); bring them to its size."
+            ) from error
+        bad = (~features.isfinite()).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"support: the backbone's features of item {int(bad[0])} are not finite.")
+        return features
+
+    def settled_routing(self, support: Given) -> Routing:
+        """`routing` in evaluation: nothing is drawn, no gradients. Raises ValueError for a support with a fault."""
+        known = self.labelled(support).support
+        with eval_mode(self.mixture.router):
+            return self.routing(known, self.support_features(known))
+
+    def remember(
+        self, name: str, support: Given, strength: float = 1.0, *, temperature: float = 1.0, cached: bool = False
+    ) -> Adaptation:
+        """Keep an adaptation under a name: its mixture, and the prototypes of its classes under it; saved as well.
+
+        `cached`: its weights are kept in memory, so that switching to it is copying; until the experts change.
+        """
+        known = self.labelled(support)
+        routing = self.settled_routing(known.support)
+        weights = self._adaptation(routing, strength)[1]
+        features = self.settled_features(known.support.inputs, weights)
+        prototypes = class_means(features.float(), known.support.labels, len(known.classes))
+        found = Adaptation(routing.dense(), prototypes, known.classes, strength, temperature)
+        self.keep(name, found)
+        if cached:
+            self._cache[name] = self._stamp(), weights
+        return found
+
+    def keep(self, name: str, adaptation: Adaptation) -> None:
+        """Keep an adaptation under a name, in place of what was there."""
+        self.whole.update(adaptation.tensors(name))
+        self._cache.pop(name, None)
+
+    def remembered(self, name: str) -> Adaptation:
+        """The adaptation of that name. Raises ValueError where there is none."""
+        return adaptation_in(self.whole, name)
+
+    @property
+    def adaptations(self) -> tuple[str, ...]:
+        """The names that are remembered."""
+        return names_in(self.whole)
+
+    def forget(self, name: str) -> None:
+        """Take a remembered adaptation out. Raises ValueError where there is none."""
+        forget(self.whole, name)
+        self._cache.pop(name, None)
+
+    def train(self, mode: bool = True) -> Self:
         """Router and experts train; the backbone stays in eval mode: no dropout, no running statistics.
 
         Its layers that checkpoint their gradients do so in training, as they were asked to.
@@ -151,6 +256,34 @@ class EpisodicModel(ComposedModel):
         for module in self._trained:
             module.training = True
         return super().remove()
+
+    @torch.no_grad()
+    def _adaptation(
+        self, given: Given | Route | Routing | str, strength: float | None
+    ) -> tuple[Routing, dict[str, Tensor]]:
+        """The routing and the weights of whatever says which."""
+        if isinstance(given, str):
+            kept = self.remembered(given)
+            routing = Routing(kept.weights.to(next(self.backbone.parameters()).device), len(self.experts))
+            strength = kept.strength if strength is None else strength
+            stamp, weights = self._cache.get(given, (None, {}))
+            if stamp == self._stamp() and strength == kept.strength:
+                return routing, weights
+        else:
+            routing = given.routing if isinstance(given, Route) else given
+            if not isinstance(routing, Routing):
+                routing = self.settled_routing(routing)
+        strength = 1.0 if strength is None else float(strength)
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength}: expected 0 (the pretrained model) to 1.")
+        if routing.num_experts != len(self.experts) or routing.dense().shape != (len(self.experts),):
+            raise ValueError(f"a routing of {tuple(routing.dense().shape)}; expected ({len(self.experts)},).")
+        with eval_mode(self.mixture.experts):
+            return routing, self.weights_for(routing, strength)
+
+    def _stamp(self) -> tuple[object, ...]:
+        """Changes when the experts do, or what is forbidden."""
+        return self._forbidden, *((id(t), t._version) for t in self.mixture.experts.state_dict(keep_vars=True).values())
 
     def _under(
         self, weights: Mapping[str, Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,10 +1,11 @@
 """A domain: items of one kind, each of a class, out of which episodes are drawn."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -31,6 +32,27 @@ class Domain:
     weight: float = 1.0
     reader: Reader | None = None
     keys: Sequence[str] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for labels, groups or a weight that do not go with the rest, and for NaN."""
+        items = count(self.items) if isinstance(self.items, Tensor | Mapping) else len(self.items)
+        if len(self.labels) != items:
+            raise ValueError(f"domain {self.name}: {len(self.labels)} labels for {items} items; give one for each.")
+        strange = next((label for label in self.labels if not 0 <= label < len(self.class_names)), None)
+        if strange is not None:
+            raise ValueError(
+                f"domain {self.name}: label {strange}; expected 0 to {len(self.class_names) - 1}, as class_names say."
+            )
+        if self.groups and len(self.groups) != len(self.class_names):
+            raise ValueError(f"domain {self.name}: {len(self.groups)} groups for {len(self.class_names)} classes.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"domain {self.name}: weight {self.weight:g}; expected a number above 0.")
+        for tensor in self._tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                row = int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()[0])
+                raise ValueError(
+                    f"domain {self.name}: item {row} has NaN or infinite values; repair it or leave it out."
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +86,11 @@ class Domain:
             return [_digest(take(self.items, slice(row, row + 1))) for row in range(len(self))]
         return [hashlib.sha256(repr(item).encode()).hexdigest() for item in self.items]
 
+    def _tensors(self) -> list[Tensor]:
+        if isinstance(self.items, Mapping):
+            return list(cast(Mapping[str, Tensor], self.items).values())
+        return [self.items] if isinstance(self.items, Tensor) else []
+
     @cached_property
     def digest(self) -> str:
         """A name for all of it: contents, classes, groups."""
@@ -76,13 +103,9 @@ class Domain:
 def tensor_domain(name: str, items: Inputs, labels: Tensor | Sequence[int], **settings: Any) -> Domain:
     """A domain of items in memory; classes are named by their numbers unless `class_names` is given.
 
-    Raises ValueError for labels that do not go with the items, or below zero.
+    Raises ValueError as `Domain`.
     """
     numbers = [int(label) for label in torch.as_tensor(labels).tolist()]
-    if len(numbers) != count(items):
-        raise ValueError(f"domain {name}: {len(numbers)} labels for {count(items)} items; give one for each.")
-    if min(numbers, default=0) < 0:
-        raise ValueError(f"domain {name}: label {min(numbers)}; expected 0 or more.")
     settings.setdefault("class_names", tuple(str(label) for label in range(max(numbers, default=-1) + 1)))
     return Domain(name, items, numbers, **settings)
 

@@ -1,8 +1,11 @@
 """Items as they lie on disk: files, members of an archive, cells of a table. Nothing is decoded here."""
 
 import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -11,6 +14,8 @@ from mixwright.files import read_regular
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 TEXTS = frozenset({".txt"})
+DAMAGED = (BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, zlib.error, LZMAError, struct.error)
+"""What reading a damaged archive, or one in a dialect of its own, raises."""
 _LARGEST = 128 << 20
 _LARGEST_TEXT = 1 << 20
 _LARGEST_ARCHIVE = 2 << 30
@@ -78,7 +83,7 @@ def members_of(archive: Path) -> Iterator[Leaf]:
                 steps = tuple(part for part in info.filename.split("/") if part not in ("", ".", ".."))
                 if not any(_is_ignored(step) for step in steps):
                     yield steps, Encoded(f"{archive}/{info.filename}", data=_member(opened, info, archive))
-    except (BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{archive}: not a readable zip archive ({error}).") from error
 
 

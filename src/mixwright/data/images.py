@@ -4,6 +4,7 @@ import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,17 @@ def decode(item: Encoded, side: int | None = None) -> Tensor:
             raise
         except Exception as error:  # decoders raise anything over damaged files
             raise ValueError(f"{item.where}: a damaged image ({error}); repair it or take it out.") from error
-    shrunk = 1.0 if side is None else side / min(image.size)
-    if shrunk < 1:
-        target = [max(1, round(length * shrunk)) for length in image.size]
-        image = image.resize(target, library.Image.Resampling.BICUBIC)
-    values = np.array(image, dtype=np.uint8)
-    return torch.from_numpy(values).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+    return _bytes(image, side, library)
+
+
+def picture(item: Any, side: int | None = None) -> Tensor:
+    """The same of a path, or of an image that Pillow has opened. Raises TypeError for anything else."""
+    if isinstance(item, str | Path):
+        return decode(Encoded(str(item), Path(item)), side)
+    library = _pillow("a picture")
+    if not isinstance(item, library.Image.Image):
+        raise TypeError(f"a {type(item).__name__} among pictures; expected paths or images of Pillow.")
+    return _bytes(_plain(library.ImageOps.exif_transpose(item), library), side, library)
 
 
 def pixels_for(
@@ -158,6 +164,15 @@ def _plain(image: Any, library: Any) -> Any:
     if image.mode == "F":
         raise ValueError("pixels are fractions; write whole numbers")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _bytes(image: Any, side: int | None, library: Any) -> Tensor:
+    shrunk = 1.0 if side is None else side / min(image.size)
+    if shrunk < 1:
+        target = [max(1, round(length * shrunk)) for length in image.size]
+        image = image.resize(target, library.Image.Resampling.BICUBIC)
+    values = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(values).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def _pillow(where: str) -> Any:

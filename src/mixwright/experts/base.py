@@ -40,9 +40,10 @@ class AbstractExperts(nn.Module, ABC):
 
 
 class AbstractDeltas(nn.Module, ABC):
-    """Experts that combine parameters: theta + sum_e w_e delta_e."""
+    """Experts that combine parameters: theta + sum_e w_e delta_e. `names`: of the parameters that may change."""
 
     num_experts: int
+    names: tuple[str, ...]
 
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
@@ -51,3 +52,7 @@ class AbstractDeltas(nn.Module, ABC):
     def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """theta + strength * change, of the parameters that change: theta's dtype, and its bits where change is 0."""
         return {name: added(base[name], change, strength) for name, change in self(routing).items()}
+
+    @abstractmethod
+    def norms(self) -> Float[Tensor, " experts"]:
+        """How far each expert alone, at weight 1, moves the parameters: |delta_e|."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.base import AbstractDeltas
@@ -32,3 +33,9 @@ class DenseDeltas(AbstractDeltas):
         return {
             name: torch.einsum("m, m ... -> ...", weights.to(delta.dtype), delta) for name, delta in changes.items()
         }
+
+    @torch.no_grad()
+    def norms(self) -> Float[Tensor, " experts"]:
+        """As the base class says."""
+        squares = [delta.flatten(1).float().square().sum(1) for delta in self.delta.values()]
+        return torch.stack(squares).sum(0).sqrt()

@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.experts.base import AbstractDeltas
+from mixwright.experts.members import Members
 from mixwright.ops.hard_concrete import LIMIT, expected_l0, hard_count, mask
 from mixwright.ops.interpolate import interpolate
+from mixwright.ops.membership import interpolate_members, is_quick, sums_of
 from mixwright.routing import Routing
 
 Granularity = Literal["weight", "row", "tensor"]
@@ -54,6 +56,7 @@ class SparseDeltas(AbstractDeltas):
         self.multipliers = nn.Parameter(torch.zeros(num_experts))
         self.register_buffer("frozen", torch.zeros(num_experts, dtype=torch.bool), persistent=False)
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._members = Members()
 
     def forward(self, routing: Routing) -> dict[str, Tensor]:
         """(sum_m w_m z_m) * delta by name."""
@@ -67,22 +70,23 @@ class SparseDeltas(AbstractDeltas):
     def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """As the base class says; what no acting expert unmasks keeps its bits. Gradients by the leaf trick."""
         weights = routing.dense()
+        if not self.training and not torch.is_grad_enabled():
+            return {name: self._served(name, base[name], weights, strength) for name in self.names}
         seed = int(torch.randint(1 << 31, ())) if self.noise and self.training else None
         if self.training and not self._kept:
             self._keep()
-        adapted: dict[str, Tensor] = {}
-        for index, name in enumerate(self.names):
-            drawn = None if seed is None else seed + index
-            adapted[name] = interpolate(
+        return {
+            name: interpolate(
                 base[name],
                 self.delta[_key(name)],
                 self.logits[_key(name)],
                 weights,
                 strength,
-                noise=drawn,
+                noise=None if seed is None else seed + index,
                 regrowth=self.regrowth,
             )
-        return adapted
+            for index, name in enumerate(self.names)
+        }
 
     def masks(self, name: str) -> Float[Tensor, " experts *unit"]:
         """z_m of one parameter."""
@@ -102,6 +106,15 @@ class SparseDeltas(AbstractDeltas):
             logits = self.logits[_key(name)]
             acting += hard_count(logits).double() * (self._size(name) / max(logits[:1].numel(), 1))
         return (1.0 - acting / self.num_weights).float()
+
+    @torch.no_grad()
+    def norms(self) -> Float[Tensor, " experts"]:
+        """|z_m * delta| of each expert."""
+        total = torch.zeros(self.num_experts, device=self.multipliers.device)
+        for name in self.names:
+            masks, delta = self.masks(name).float(), self.delta[_key(name)].float().square()
+            total += masks.square().reshape(len(masks), -1) @ delta.reshape(max(masks[0].numel(), 1), -1).sum(1)
+        return total.sqrt()
 
     @property
     def num_weights(self) -> int:
@@ -139,6 +152,15 @@ class SparseDeltas(AbstractDeltas):
                 before, change = self._kept[name]
                 logits[self.frozen] = before
                 delta.copy_(torch.where(_alive(before, delta), change, delta))
+
+    def _served(self, name: str, base: Tensor, weights: Tensor, strength: float) -> Tensor:
+        """One adapted parameter without gradients: by a byte for each weight, where all its masks are 0 or 1."""
+        delta, logits, scale = self.delta[_key(name)], self.logits[_key(name)], strength * weights.float()
+        quick = logits.shape[1:] == delta.shape == base.shape and is_quick(base, delta, weights)
+        codes = self._members.find(name, logits) if quick else None
+        if codes is None:
+            return interpolate(base, delta, logits, weights, strength)
+        return interpolate_members(base, delta, codes, sums_of(scale))
 
     def _keep(self) -> None:
         if bool(self.frozen.any()):

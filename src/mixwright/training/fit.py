@@ -210,7 +210,7 @@ def _identity(stage: Stage, config: TrainConfig, seed: int, accelerator: Acceler
         "steps": str(stage.steps),
         "groups": json.dumps(groups),
         "optimizer": json.dumps([stage.optimizer, stage.clip, stage.weight_decay, stage.choose_every]),
-        "schedule": json.dumps([stage.warmup, stage.cooldown]),
+        "schedule": json.dumps([stage.warmup, stage.cooldown, *([] if stage.fall == "linear" else [stage.fall])]),
         "seed": str(seed),
         "batch_size": str(config.batch_size),
         "accumulate": str(config.accumulate),

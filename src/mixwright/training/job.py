@@ -9,8 +9,8 @@ from typing import cast
 
 from torch import nn
 
-from mixwright.backbones.hf import load_tokenizer, provenance
-from mixwright.backbones.image_settings import load_image_settings
+from mixwright.backbones.hf import provenance
+from mixwright.composition.domain_readers import DomainReaders
 from mixwright.composition.model import ComposedModel
 from mixwright.config import encode
 from mixwright.data.batches import Batches
@@ -21,7 +21,7 @@ from mixwright.ops.digest import fingerprint
 from mixwright.recipe import EpisodeConfig, Recipe, TrainConfig
 from mixwright.training.episode_sources import (
     Domains,
-    check_readable,
+    check_items,
     held_out_episodes,
     readable,
     training_episodes,
@@ -81,19 +81,25 @@ def open_job(recipe: Recipe, texts: Texts, backbone: nn.Module, tokenizer: Token
 
 
 def open_episode_job(
-    recipe: Recipe, config: EpisodeConfig, domains: Domains, backbone: nn.Module, tokenizer: Tokenizer | None = None
+    recipe: Recipe, config: EpisodeConfig, domains: Domains, backbone: nn.Module, *, check: bool = False
 ) -> Job:
     """Draw episodes from what was read, and name everything that the weights will depend on.
 
-    The tokenizer, and how images are prepared, are those beside the backbone unless they are given. Raises as
-    `open_job`, and for domains that the backbone can't read.
+    The tokenizer, and how images are prepared, are those beside the backbone. `check` reads every item now, rather than
+    when an episode holds it. Raises as `open_job`, and for domains that the backbone can't read.
     """
     folder, source = _folder(recipe), recipe.sources()[0]
-    check_readable(domains, backbone)
-    if tokenizer is None and domains.hold_texts:
-        tokenizer = load_tokenizer(source.path, revision=source.revision)
-    images = load_image_settings(source.path, revision=source.revision) if domains.hold_images else None
-    domains = readable(domains, config, backbone, images=images, tokenizer=tokenizer, length=recipe.data.max_length)
+    readers = DomainReaders.beside(
+        backbone,
+        source.path,
+        domains.all(),
+        revision=source.revision,
+        image_size=config.image_size,
+        length=recipe.data.max_length,
+    )
+    domains = readable(domains, config, readers)
+    if check:
+        check_items(domains)
     if recipe.train.batch_size not in (1, TrainConfig().batch_size):
         raise ValueError(
             "recipe.train.batch_size: an episode is a batch of its own; leave it out, and say with train.accumulate "
@@ -105,7 +111,7 @@ def open_episode_job(
         recipe=recipe,
         folder=folder,
         backbone=backbone,
-        tokenizer=cast(Tokenizer, tokenizer),
+        tokenizer=cast(Tokenizer, readers.tokenizer),
         kind=_kind(recipe, backbone),
         data=data,
         validation=validation,

@@ -1,5 +1,6 @@
 """A stage says what is trained, on what, with which objective; the loop in `fit.py` does the rest."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,6 +74,8 @@ class Stage:
     """Share of the steps in which the learning rates rise from 0, which the first step has; constant afterwards."""
     cooldown: float = 0.0
     """Share of the steps, the last ones, in which they fall towards 0 again."""
+    fall: Literal["linear", "cosine"] = "linear"
+    """How they fall: evenly, or by half a cosine."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -119,7 +122,8 @@ class Stage:
         """The share of the full learning rate that update `step` (from 0) has: linear from 0, then 1, then falling."""
         rising = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         falling = int(self.cooldown * self.steps)
-        return min(rising, (self.steps - step) / falling) if falling else rising
+        left = min(1.0, (self.steps - step) / falling) if falling else 1.0
+        return min(rising, left if self.fall == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)

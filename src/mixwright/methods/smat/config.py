@@ -40,6 +40,20 @@ class SmatConfig:
     episodes: EpisodeConfig = EpisodeConfig()
     """Which episodes are drawn (sheet a8)."""
 
+    masks: Literal["learned", "all", "random", "given"] = "learned"
+    """`learned` (the paper); `all`: every weight that may change does, and with one expert that is P>M>F; `random`:
+    each weight at odds 1 - `sparsity`, once for all; `given`: what `fresh.set_masks` is told. Only learned masks move,
+    and only they have a constraint."""
+    changes: Literal["shared", "own"] = "shared"
+    """One change for all experts, under masks (the paper); or each has its own, whole, and there are no masks: soft
+    merging."""
+    mask_noise: bool = False
+    """Draw masks with concrete noise in training, as Louizos et al. do; the released code does not."""
+    regrowth: Rate = 0.0
+    """The slope with which masks at 0 and at 1 still feel the task; 0, as in the paper, lets no dead one come back."""
+    router: Literal["support", "uniform"] = "support"
+    """Whether the support set chooses, or all experts count alike."""
+
     scale: Annotated[float, Gt(0)] = 10.0
     """What cosines to prototypes are multiplied with."""
     inner_rate: Rate = 1e-3
@@ -54,25 +68,61 @@ class SmatConfig:
     """Learning rate of the teacher's step."""
     distillation_temperature: Annotated[float, Gt(0)] = 2.0
     """T of both distillation terms."""
+    distilled: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of each episode's queries, drawn anew, that distillation is estimated from: 1 is the paper, less is the
+    same in the mean and takes less time (README, Training)."""
     gate_penalty: Rate = 1e-4
     """Weight of the mean square of the gate logits."""
+    floor: Share = 0.1
+    """Share of uniform weights in what an expert counts in the sparsity constraint; the paper has 0, and an expert that
+    is never chosen then stays dense."""
+    annealed: Share = 0.0
+    """Share of the steps over which the sparsity that is asked for rises from 0 to `sparsity`; the paper has 0."""
+    frozen_cache: Annotated[int, Ge(0)] = 0
+    """How many items' frozen features are kept, by the items' content: worth it where episodes are not augmented."""
 
     steps: Count = 12500
     """Updates of stage *meta-tune*; the paper has 4 episodes in each (`train.accumulate`)."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Of the shared change; SGD has momentum 0.9."""
     learning_rate: Rate = 1e-4
-    """Of the shared change, by SGD with momentum 0.9."""
-    weight_decay: Rate = 1e-4
     """Of the shared change."""
+    weight_decay: Rate = 1e-4
+    """Of the shared change; AdamW's is decoupled."""
     mask_learning_rate: Rate = 0.046
-    """Of the mask logits, by SGD, times the number of weights: the paper's 1e6 for 21.7 M."""
+    """Of the mask logits, by SGD, times their number (the paper's 1e6 for 21.7 M), times 12 500 / `steps`."""
     multiplier_learning_rate: Rate = 2e-3
-    """Of the Lagrange multipliers."""
+    """Of the Lagrange multipliers, times 12 500 / `steps`: short runs have to reach the same sparsity."""
     router_learning_rate: Rate = 1e-4
-    """Of the router, by AdamW."""
+    """Of the router, by AdamW with weight decay 0.01."""
     warmup: Share = 0.1
-    """Share of the steps in which the learning rates rise."""
+    """Share of the steps in which all learning rates rise."""
     cooldown: Share = 0.9
-    """Share of the steps in which they fall."""
+    """Share of the steps in which they fall, by half a cosine."""
+
+    @property
+    def mask_unit(self) -> Literal["weight", "row", "tensor"]:
+        """What the masks that are held decide about: where none leaves anything out, one number a tensor will do."""
+        return "tensor" if self.masks == "all" else self.granularity
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are masks that learn, and have to be sparse."""
+        return self.changes == "shared" and self.masks == "learned"
+
+    def sparsity_at(self, progress: float) -> float:
+        """What is asked for when this share of the training is done."""
+        return self.sparsity if progress >= self.annealed else self.sparsity * progress / self.annealed
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything to distil from."""
+        return self.distillation > 0 and (self.from_teacher or self.from_pretrained)
+
+    @property
+    def routes(self) -> bool:
+        """Whether there is anything to choose, and a router to choose it."""
+        return self.experts > 1 and self.router == "support"
 
 
 METHOD = Method(

@@ -7,7 +7,8 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -17,13 +18,20 @@ from mixwright.backbones.hf import provenance
 from mixwright.composition.episodic import EpisodicModel
 from mixwright.composition.features import width_of
 from mixwright.composition.model import Composition
+from mixwright.composition.route import Route
+from mixwright.composition.routes import find_route
+from mixwright.composition.support import Given
+from mixwright.config import encode
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
+from mixwright.methods.smat.fresh import Experts, fresh_experts
 from mixwright.routers.support_set import SupportSetRouter
+from mixwright.routing import Routing
 
 if TYPE_CHECKING:
     from mixwright.catalog.store import Catalog
+    from mixwright.methods.smat.exporting import ExportedPool
 
 
 def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalog | None" = None) -> "FewShotModel":
@@ -39,16 +47,18 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
     router = SupportSetRouter(width, config.experts, config.seed).to(device)
-    deltas = SparseDeltas(shapes, config.experts, config.granularity, config.seed).to(device)
+    deltas = fresh_experts(config, shapes).to(device)
+    if config.router == "uniform":
+        nn.init.zeros_(router.keys)
     return assemble(config, backbone, router, deltas)
 
 
-def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: SparseDeltas) -> "FewShotModel":
+def assemble(config: SmatConfig, backbone: nn.Module, router: SupportSetRouter, deltas: Experts) -> "FewShotModel":
     """The model of these parts."""
     kind = "custom" if callable(config.features) else config.features
     described = Composition(
         method=METHOD.name,
-        config=asdict(replace(config, features=kind)),  # type: ignore[arg-type]
+        config=encode(replace(config, features=kind)),  # type: ignore[arg-type]
         backbone=provenance(backbone),
         citation=METHOD.paper.bibtex,
     )
@@ -88,6 +98,28 @@ class FewShotModel(EpisodicModel):
             return plain
         return stored_state(self, plain, self.composition.config.get("storage", "exact"))
 
+    def export(
+        self,
+        support: Given | Route | Routing | str,
+        folder: str | Path | None = None,
+        *,
+        strength: float | None = None,
+        sparse: bool = False,
+    ) -> "dict[str, Tensor] | ExportedPool":
+        """One adaptation for those who have no pool: a plain state dict or, with `folder`, a folder; see `exporting`.
+
+        What is given is as for `commit`. The folder holds the whole model as its own library saves it or, `sparse`, an
+        adapter for PEFT.
+        """
+        from mixwright.methods.smat import exporting, sparse_adapter
+
+        if folder is None:
+            if sparse:
+                raise ValueError("export: a sparse adapter is a folder of files; give the folder.")
+            return exporting.export_state(self, support, strength)
+        write = sparse_adapter.export_peft if sparse else exporting.export_folder
+        return write(self, support, Path(folder), strength)
+
     def num_added_parameters(self) -> int:
         """Numbers that are trained: router, shared change, masks, multipliers."""
         return sum(tensor.numel() for tensor in self.kept_tensors())
@@ -95,3 +127,11 @@ class FewShotModel(EpisodicModel):
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""
         return self.deltas.sparsity()
+
+    def route(self, support: Given, *, resamples: int = 32, seed: int = 0) -> Route:
+        """Which experts a support set chooses, how sure and how new it is; see `composition.routes.find_route`."""
+        return find_route(self, support, resamples=resamples, seed=seed)
+
+    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
+        """Keep an expert through further training as it is: its mask, and the change wherever it acts."""
+        self.deltas.freeze(self.index(expert), frozen)

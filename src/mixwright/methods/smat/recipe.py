@@ -9,41 +9,78 @@ from mixwright.composition.model import ComposedModel
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.model import FewShotModel, compose
+from mixwright.methods.smat.watch import Watch
 from mixwright.training.stage import ParamGroup, Stage
+
+MOMENTUM, MASK_CLIP, ROUTER_CLIP, ROUTER_DECAY = 0.9, 5.0, 1.0, 0.01
+REFERENCE_STEPS = 12_500
 
 
 def stages(config: SmatConfig) -> tuple[Stage, ...]:
-    """*meta-tune*: shared change, masks, router and multipliers, each at its own rate."""
-    loss = EpisodeLoss(config)
+    """*meta-tune*: shared change, masks, router and multipliers, each by its own rule."""
+    watch = Watch(config)
     return (
         Stage(
             name="meta-tune",
             groups=(),
             choose_groups=lambda model: groups(config, model),
             steps=config.steps,
-            objective=loss,  # type: ignore[arg-type]
+            objective=EpisodeLoss(config, watch.note),  # type: ignore[arg-type]
             warmup=config.warmup,
             cooldown=config.cooldown,
+            fall="cosine",
+            clip=None,
             build=lambda backbone, seed, before: _started(config, backbone, seed, before),
+            watch=watch.look,
+            alarms=watch.alarms,
         ),
     )
 
 
 def groups(config: SmatConfig, model: nn.Module) -> tuple[ParamGroup, ...]:
-    """What learns, and how fast: the masks' rate is proportional to the number of weights."""
+    """What learns, and how (sheet a7).
+
+    The loss has the mean over mask logits, so each feels a share that falls with their number: their rate grows with
+    it. Rates of masks and multipliers times steps are those of the paper's run, whatever the number of steps.
+    """
     assert isinstance(model, FewShotModel)
-    total = sum(delta.numel() for delta in model.deltas.delta.values())
-    return (
-        ParamGroup(select=("mixture.experts.delta.*",), lr=config.learning_rate, name="shared change"),
-        ParamGroup(select=("mixture.experts.logits.*",), lr=config.mask_learning_rate * total, name="masks"),
-        ParamGroup(select=("mixture.router.*",), lr=config.router_learning_rate, name="router"),
-        ParamGroup(
-            select=("mixture.experts.multipliers",),
-            lr=config.multiplier_learning_rate,
-            maximize=True,
-            name="multipliers",
-        ),
+    pace = REFERENCE_STEPS / config.steps
+    change = ParamGroup(
+        select=("mixture.experts.delta.*",),
+        lr=config.learning_rate,
+        optimizer=config.optimizer,
+        momentum=MOMENTUM if config.optimizer == "sgd" else 0.0,
+        weight_decay=config.weight_decay,
+        clip=False,
+        name="shared change",
     )
+    router = ParamGroup(
+        select=("mixture.router.*",),
+        lr=config.router_learning_rate,
+        weight_decay=ROUTER_DECAY,
+        clip=ROUTER_CLIP,
+        name="router",
+    )
+    chosen = (change, *((router,) if config.routes else ()))
+    if not config.is_constrained:
+        return chosen
+    units = sum(logits[0].numel() for logits in model.deltas.logits.values())
+    masks = ParamGroup(
+        select=("mixture.experts.logits.*",),
+        lr=config.mask_learning_rate * units * pace,
+        optimizer="sgd",
+        weight_decay=0.0,
+        clip=MASK_CLIP,
+        name="masks",
+    )
+    multipliers = ParamGroup(
+        select=("mixture.experts.multipliers",),
+        lr=config.multiplier_learning_rate * pace,
+        optimizer="dual_ascent",
+        clip=False,
+        name="multipliers",
+    )
+    return *chosen, masks, multipliers
 
 
 def _started(config: SmatConfig, backbone: nn.Module, seed: int, before: ComposedModel | None) -> Any:

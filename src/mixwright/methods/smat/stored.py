@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from mixwright.composition.base_digests import digests
 from mixwright.composition.restoring import of_whole
 from mixwright.errors import CatalogError
+from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
-from mixwright.methods.smat.model import FewShotModel, assemble, maskable
+from mixwright.methods.smat.fresh import fresh_experts
+from mixwright.methods.smat.model import FewShotModel, assemble
 from mixwright.methods.smat.packing import Storage, pack, unpack
 from mixwright.routers.support_set import SupportSetRouter
 
@@ -31,7 +33,7 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
 
     Raises CatalogError (SIZE, SHAPE, TENSOR, DTYPE, CONFIG, VALUE) for tensors that do not fit.
     """
-    inside, _ = of_whole(state)
+    inside, whole = of_whole(state)
     router_state, experts_state = (
         {name.removeprefix(start): tensor for name, tensor in inside.items() if name.startswith(start)}
         for start in (_ROUTER, _EXPERTS)
@@ -45,24 +47,26 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
         raise CatalogError("CONFIG", "composition.yaml", str(error)[:300]) from error
     _refuse_huge(sum(shape.numel() for shape in shapes.values()), config)
     router = SupportSetRouter(keys.shape[1], config.experts)
-    deltas = SparseDeltas(shapes, config.experts, config.granularity)
-    unpack(
-        deltas, {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}, config.storage
-    )
-    rest = {name: tensor for name, tensor in experts_state.items() if not name.startswith(_PACKED)}
-    dense = {name: tensor for name, tensor in deltas.state_dict().items() if name.startswith(_DENSE)}
+    experts = fresh_experts(config, shapes)
+    if isinstance(experts, SparseDeltas):
+        packed = {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}
+        unpack(experts, packed, config.storage)
+        dense = {name: tensor for name, tensor in experts.state_dict().items() if name.startswith(_DENSE)}
+        experts_state = {n: t for n, t in experts_state.items() if not n.startswith(_PACKED)} | dense
     try:
         router.load_state_dict(router_state)
-        deltas.load_state_dict(rest | dense)
+        experts.load_state_dict(experts_state)
     except RuntimeError as error:
         raise CatalogError("SHAPE", "added state", " ".join(str(error).split())[:200]) from error
     device = next(backbone.parameters()).device
-    return assemble(config, backbone, router.to(device), deltas.to(device))
+    model = assemble(config, backbone, router.to(device), experts.to(device))
+    model.whole.update({name: tensor for name, tensor in whole.items() if not name.startswith(_PACKED)})
+    return model
 
 
 def _refuse_huge(weights: int, config: SmatConfig) -> None:
     """A small file can claim any number of experts, each of which takes a backbone's room once it is opened."""
-    needed = 4 * weights * ((config.experts if config.granularity == "weight" else 0) + 1)
+    needed = 4 * weights * ((config.experts if config.mask_unit == "weight" else 0) + 1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CatalogError(

@@ -78,6 +78,23 @@ void mixwright_interpolate(
     }
 }
 
+/* The same where every mask is 0 or 1: bit m of `codes` says whether expert m acts, `sums` has c for each byte. */
+void mixwright_interpolate_members(
+    float *out, const float *base, const float *delta, const uint8_t *codes, const float *sums, int64_t units
+) {
+    #pragma omp parallel for schedule(static) if (units > 8 * BLOCK)
+    for (int64_t start = 0; start < units; start += BLOCK) {
+        int64_t count = least(BLOCK, units - start);
+        float c[BLOCK];
+        for (int64_t i = 0; i < count; i++) c[i] = sums[codes[start + i]];
+        for (int64_t i = 0; i < count; i += LANES) {
+            lanes was = some(base + start + i, count - i), by = some(c + i, count - i);
+            lanes step = by * some(delta + start + i, count - i);
+            put(out + start + i, either((step == 0.0f) | (by == 0.0f), was, was + step), count - i);
+        }
+    }
+}
+
 /* Gradients from g, that of `out`; NULL is not asked for. `to_weights` (chunks, experts): sums over each chunk. */
 void mixwright_interpolate_backward(
     float *to_delta, float *to_logits, double *to_weights, const float *g, const float *delta, const float *logits,

@@ -1,0 +1,49 @@
+"""The experts that a pool begins with, learned ones and those of the baselines; masks that somebody gives."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mixwright.experts.dense_deltas import DenseDeltas
+from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.methods.smat.config import SmatConfig
+from mixwright.ops.hard_concrete import LIMIT
+
+Experts = SparseDeltas | DenseDeltas
+
+
+@torch.no_grad()
+def fresh_experts(config: SmatConfig, shapes: Mapping[str, torch.Size]) -> Experts:
+    """Experts whose change is zero. Fixed masks are logits at their limits; given ones are all ones until then."""
+    if config.changes == "own":
+        return DenseDeltas(shapes, config.experts)
+    deltas = SparseDeltas(
+        shapes, config.experts, config.mask_unit, config.seed, noise=config.mask_noise, regrowth=config.regrowth
+    )
+    draw = torch.Generator().manual_seed(config.seed)
+    for logits in deltas.logits.values():
+        if config.masks in ("all", "given"):
+            logits.fill_(LIMIT)
+        elif config.masks == "random":
+            kept = torch.rand(logits.shape, generator=draw) >= config.sparsity
+            logits.copy_(torch.where(kept, LIMIT, -LIMIT))
+    return deltas
+
+
+@torch.no_grad()
+def set_masks(deltas: SparseDeltas, masks: Mapping[str, Tensor], expert: int | None = None) -> None:
+    """Let an expert, or all of them, act where `masks` is true, by parameter; on what is not named it does not act.
+
+    A mask has a value for each of what the pool's own masks decide about. Raises ValueError for a name or a shape that
+    does not fit, and changes nothing.
+    """
+    held = {name: deltas.logits[name.replace(".", "/")] for name in deltas.names}
+    for name, mask in masks.items():
+        if name not in held or held[name].shape[1:] != mask.shape:
+            expected = f"{tuple(held[name].shape[1:])}" if name in held else f"one of {', '.join(deltas.names[:3])}"
+            raise ValueError(f"masks[{name!r}]: {tuple(mask.shape)}; expected {expected}.")
+    for name, logits in held.items():
+        kept = masks.get(name, torch.tensor(False)).bool().to(logits.device)
+        chosen = logits if expert is None else logits[expert]
+        chosen.copy_(torch.where(kept, LIMIT, -LIMIT).expand_as(chosen))
