@@ -175,6 +175,10 @@ def test_the_identity_of_a_run_names_what_is_read_and_how(folder: Path, tmp_path
     [
         ({"data": {}}, "recipe.data.domains: missing"),
         ({"data": {"train": "x.jsonl"}}, "recipe.data.train: this method reads episodes"),
+        (
+            {"data": {"domains": {"a": "x.csv"}, "temperature": 2.0}},
+            "recipe.data.temperature: this method reads",
+        ),
         ({"data": {"domains": {"a": "nothing.csv"}}}, "recipe.data.domains.a: nothing.csv: no such file"),
         ({"data": {"domains": {" ": "nothing.csv"}}}, "recipe.data.domains: a domain without a name"),
         ({"train": {"batch_size": 4}}, "recipe.train.batch_size: an episode is a batch of its own"),

@@ -84,6 +84,10 @@ class EpisodicModel(ComposedModel):
             parts = [self.features(take(inputs, slice(at, at + size)), weights) for at in range(0, items, size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def pristine(self) -> dict[str, Tensor]:
+        """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
+        return self._rollback.pristine()
+
     def frozen_features(self, inputs: Inputs, *, batch_size: int | None = None) -> Float[Tensor, "items width"]:
         """Features under the pretrained weights, in evaluation, without gradients."""
         return self.settled_features(
@@ -158,8 +162,8 @@ class EpisodicModel(ComposedModel):
         """A support set in any form, checked, as `Labelled`: raises as `composition.support.labelled` does."""
         return labelled(support, next(self.backbone.parameters()), self.read)
 
-    def read(self, items: Sequence[Any]) -> Inputs:
-        """Raw items as the backbone reads them, by `reader` or, for texts, its tokenizer. Raises TypeError."""
+    def read(self, items: Any) -> Inputs:
+        """Raw items as the backbone reads them, by `reader` or by what lies beside it. Raises TypeError."""
         return (self.reader or reader_of(self, items))(items)
 
     def support_features(self, support: SupportSet) -> Float[Tensor, "shots width"]:

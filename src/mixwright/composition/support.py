@@ -14,7 +14,7 @@ from mixwright.routing import SupportSet
 Given = SupportSet | Episode | tuple[Any, Any]
 """A support set; an episode, whose queries are not looked at; or inputs and labels, the latter numbers or names."""
 
-Read = Callable[[Sequence[Any]], Inputs]
+Read = Callable[[Any], Inputs]
 """Raw items (texts, pictures) as the backbone reads them."""
 
 
@@ -58,8 +58,8 @@ def placed(inputs: Any, like: Tensor, read: Read | None = None) -> Inputs:
         return {name: _moved(torch.as_tensor(value), like) for name, value in named.items()}
     if not isinstance(inputs, Tensor) and not hasattr(inputs, "__array__"):
         items: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-        if items and isinstance(items[0], Tensor):
-            return _moved(_stacked(items), like)
+        if items and hasattr(items[0], "__array__") and not hasattr(items[0], "save"):  # pictures are read
+            return placed(_stacked([torch.as_tensor(item) for item in items]), like, read)
         if items and not isinstance(items[0], int | float | list | tuple):
             if read is None:
                 raise TypeError(
