@@ -2,6 +2,10 @@
 compiled behind a test's back."""
 
 import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,3 +26,33 @@ def compiled(tmp_path_factory):
         return kernels.load("auto", folder)
     except kernels.KernelUnavailable as reason:
         pytest.skip(str(reason))
+
+
+@dataclass
+class Hub:
+    """Takes uploads and says what came."""
+
+    calls: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create", (repo_id, options)))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
+        self.calls.append(("upload", (repo_id, sorted(os.listdir(folder_path)), options)))
+        return f"https://hub/{repo_id}"
+
+
+@pytest.fixture
+def hub() -> Hub:
+    return Hub()
+
+
+@pytest.fixture
+def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of benchmarks, which a source distribution has not, freshly on the path."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks").exists():
+        pytest.skip("a source distribution has no benchmarks")
+    monkeypatch.syspath_prepend(str(root))
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)

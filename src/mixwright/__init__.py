@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from mixwright.api import compose, convert, evaluate, from_peft_poly, load, train
     from mixwright.catalog.store import Catalog
     from mixwright.composition.model import ComposedModel
+    from mixwright.data.episodes import Episode
     from mixwright.errors import CatalogError, IncompatibleExpert, MissingExtra
     from mixwright.methods.peer.layer import PEER
+    from mixwright.methods.smat.classifier import FewShotClassifier
     from mixwright.routing import Condition, Routing, SupportSet
     from mixwright.training.row_optimizers import LazyAdamW, RowwiseAdagrad
 
@@ -25,6 +27,8 @@ __all__ = [
     "CatalogError",
     "ComposedModel",
     "Condition",
+    "Episode",
+    "FewShotClassifier",
     "IncompatibleExpert",
     "LazyAdamW",
     "MissingExtra",
@@ -46,6 +50,8 @@ _HOMES = {
     "CatalogError": "errors",
     "ComposedModel": "composition.model",
     "Condition": "routing",
+    "Episode": "data.episodes",
+    "FewShotClassifier": "methods.smat.classifier",
     "IncompatibleExpert": "errors",
     "LazyAdamW": "training.row_optimizers",
     "MissingExtra": "errors",

@@ -162,6 +162,8 @@ class Condition:
 
         Raises ValueError when `batch` is no multiple of the rows that were given.
         """
+        if self.task_ids is None and self.task_weights is None:
+            return self
         return replace(
             self,
             task_ids=_repeated("task_ids", self.task_ids, batch),

@@ -107,6 +107,65 @@ def test_going_in_one_go_and_being_cut_leave_the_same_cache() -> None:
     assert torch.equal(model(step, past_key_values=cut.past_key_values).logits, ours)
 
 
+def _soft() -> Any:
+    model = composed(components())
+    for site, share in zip(SITES, (0.3, 0.4, 0.6, 0.7), strict=True):
+        model.mixtures[site].router.set(torch.tensor([share, 1 - share]))
+    model.requires_grad_(True)
+    return model
+
+
+def test_slots_are_passed_straight_while_nothing_is_learned_or_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = _soft(), Mixture.forward
+    called: list[str] = []
+
+    def counted(mixture: Mixture, *args: Any) -> Any:
+        called.append(mixture.site)
+        return plain(mixture, *args)
+
+    monkeypatch.setattr(Mixture, "forward", counted)
+    learned = model(IDS).logits
+    assert called == list(SITES), "gradients need every slot"
+    called.clear()
+    with torch.no_grad():
+        model(IDS)  # routers remember what they say
+        called.clear()
+        straight = model(IDS).logits
+        assert not called, "a slot was called though nothing is learned"
+        torch.testing.assert_close(straight, learned.detach(), rtol=1e-5, atol=1e-6)
+        with model.trace() as trace:
+            assert torch.equal(model(IDS).logits, straight)
+        assert list(trace) == called == list(SITES)
+        called.clear()
+        watched = calls(model.mixtures["blocks.0"].router)
+        assert torch.equal(model(IDS).logits, straight)
+        assert (called, watched) == (["blocks.0"], [1])
+        with model.disabled():
+            assert not torch.equal(model(IDS).logits, straight)
+        with model.routed_by(Routing(torch.tensor([0.25, 0.75]), 2)):
+            assert not torch.equal(model(IDS).logits, straight)
+        model.mixtures["head"].router.set(torch.tensor([0.1, 0.9]))
+        changed = model(IDS).logits
+    expected = model(IDS)
+    torch.testing.assert_close(changed, expected.logits.detach(), rtol=1e-5, atol=1e-6)
+    expected.logits.sum().backward()
+    assert all(model.mixtures[site].router.logits.grad is not None for site in SITES)
+
+
+def test_hooks_on_all_modules_see_every_slot() -> None:
+    model, seen = _soft(), list[str]()
+    with torch.no_grad():
+        straight = model(IDS).logits
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append(module.site) if isinstance(module, Mixture) else None
+        )
+        try:
+            assert torch.equal(model(IDS).logits, straight)
+        finally:
+            handle.remove()
+    assert seen == list(SITES)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_what_routers_remember_travels_with_the_cache(beams: int) -> None:
     model = composed(components(), routed=True)

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,19 +235,7 @@ def test_a_missing_file_is_named(file: str, make: Any, tmp_path: Path) -> None:
         artifact.load(tmp_path / "saved", backbone=tiny_backbone("gpt2"))
 
 
-def test_push_to_hub_uploads_the_folder_once(make: Any) -> None:
-    @dataclass
-    class Hub:
-        calls: list[tuple[str, Any]]
-
-        def create_repo(self, repo_id: str, **options: Any) -> None:
-            self.calls.append(("create", (repo_id, options)))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
-            self.calls.append(("upload", (repo_id, sorted(os.listdir(folder_path)), options)))
-            return f"https://hub/{repo_id}"
-
-    hub = Hub([])
+def test_push_to_hub_uploads_the_folder_once(make: Any, hub: Any) -> None:
     assert make().push_to_hub("me/pool", private=True, client=hub) == "https://hub/me/pool"
     assert [name for name, _ in hub.calls] == ["create", "upload"]
     assert hub.calls[0][1] == ("me/pool", {"private": True, "repo_type": "model", "exist_ok": True})

@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 import types
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from mixwright.data.domain_sources import has_split, read_domain
 from mixwright.data.encoded import Encoded
+from mixwright.errors import MissingExtra
 
 ROWS = [{"text": f"{word} {number}", "label": word} for word in ("sun", "rain") for number in range(3)]
 
@@ -117,11 +119,30 @@ def test_a_hub_data_set_of_pictures(monkeypatch):
     rows = Table({"image": {"bytes": bytes([n]), "path": None}, "label": n % 2} for n in range(4))
     asked = []
     library = types.SimpleNamespace(load_dataset=lambda *names, split: asked.append((names, split)) or rows)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", library)
+    monkeypatch.setitem(sys.modules, "datasets", library)
     domain = read_domain("pets", "someone/pets:small")
     assert asked == [(("someone/pets", "small"), "train")]
     assert domain.class_names == ("cat", "dog") and domain.items[3].read() == b"\x03"
     assert len(set(domain.contents)) == 4
+
+
+def test_a_folder_may_have_a_hash_in_its_name(tmp_path):
+    lines(tmp_path / "c#" / "train.jsonl")
+    lines(tmp_path / "c#" / "test.jsonl", [*ROWS, {"text": "fog", "label": "sun"}])
+    assert len(read_domain("c", tmp_path / "c#")) == 6
+    assert len(read_domain("c", f"{tmp_path / 'c#'}#test")) == 7
+
+
+def test_what_the_hub_does_not_have_is_said_in_a_sentence(monkeypatch):
+    def refuse(*names, split):
+        raise ConnectionError("Couldn't reach the Hub\nmore")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=refuse))
+    with pytest.raises(ValueError, match=r"data/birdz: no such folder here, .* \(Couldn't reach the Hub\)"):
+        read_domain("birds", "data/birdz")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"mixwright\[data\]"):
+        read_domain("birds", "data/birdz")
 
 
 @pytest.mark.parametrize(

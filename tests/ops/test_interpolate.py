@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mixwright.ops import interpolate as module
 from mixwright.ops.hard_concrete import mask
@@ -175,3 +177,27 @@ def test_nothing_of_the_size_of_all_masks_is_kept_for_the_gradient():
         interpolate(base, *tensors)
     own = {tensor.data_ptr() for tensor in (base, *tensors)}
     assert {tensor.data_ptr() for tensor in kept} <= own
+
+
+def test_nothing_of_the_size_of_all_masks_is_made_but_the_gradient_itself(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 64)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend((t.untyped_storage().data_ptr(), t.numel()) for t in tree_leaves(out) if torch.is_tensor(t))
+            return out
+
+    base, delta, logits, weights = case((64, 32), "weight", dtype=torch.float32)
+    tensors = [tensor.requires_grad_() for tensor in (delta, logits, weights)]
+    given = {tensor.untyped_storage().data_ptr() for tensor in (base, *tensors)}
+    with Sizes():
+        value = interpolate(base, *tensors)
+    assert max(size for place, size in sizes if place not in given) == base.numel()
+    sizes.clear()
+    above = torch.ones_like(value)
+    with Sizes():
+        found = torch.autograd.grad(value, tensors, above)
+    whole = {place for place, size in sizes if size > base.numel() and place not in given}
+    assert whole == {found[1].untyped_storage().data_ptr()}

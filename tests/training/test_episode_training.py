@@ -1,6 +1,7 @@
 """`mw.train` on domains: images and texts, from folders and arrays, through a method that reads episodes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from mixwright.backbones.tiny import tiny_backbone
 from mixwright.config import decode
 from mixwright.data.episode_samplers import VariableEpisodes
 from mixwright.data.synthetic_episodes import image_domains, text_domains
+from mixwright.methods.smat.config import SmatConfig
 from mixwright.recipe import DataConfig, EpisodeConfig, Recipe
 from mixwright.training.episode_sources import read_domains
 from mixwright.training.job import open_episode_job
 from mixwright.training.sources import read_texts
+from mixwright.yaml12 import parse_yaml
 
 EPISODES = {"ways": [2, 4], "queries": 2, "support": 12, "held_out_episodes": 2, "augment": "shapes"}
 
@@ -87,6 +90,14 @@ def test_a_dry_run_counts_one_episode_a_pass(folder: Path, tmp_path: Path) -> No
     report = mw.train(given, dry_run=True, quiet=True)
     assert [plan.examples_per_step for plan in report.plans] == [3]
     assert report.plans[0].memory["activations"] > 0
+
+
+def test_a_dry_run_plans_new_tasks_after_meta_tuning(folder: Path, tmp_path: Path) -> None:
+    given = recipe(folder, tmp_path, domains={"strokes": "strokes.npz"}, new_tasks={"mine": "dots"})
+    report = mw.train(given, dry_run=True, quiet=True)
+    assert [plan.name for plan in report.plans] == ["meta-tune", "adapt"] and report.new_tasks == {"mine": 40}
+    assert [plan.examples_per_step for plan in report.plans] == [1, 1]
+    assert report.plans[1].memory["activations"] == 0
 
 
 def test_a_dry_run_reads_every_item(folder: Path, tmp_path: Path) -> None:
@@ -175,6 +186,10 @@ def test_the_identity_of_a_run_names_what_is_read_and_how(folder: Path, tmp_path
     [
         ({"data": {}}, "recipe.data.domains: missing"),
         ({"data": {"train": "x.jsonl"}}, "recipe.data.train: this method reads episodes"),
+        (
+            {"data": {"domains": {"a": "x.csv"}, "temperature": 2.0}},
+            "recipe.data.temperature: this method reads",
+        ),
         ({"data": {"domains": {"a": "nothing.csv"}}}, "recipe.data.domains.a: nothing.csv: no such file"),
         ({"data": {"domains": {" ": "nothing.csv"}}}, "recipe.data.domains: a domain without a name"),
         ({"train": {"batch_size": 4}}, "recipe.train.batch_size: an episode is a batch of its own"),
@@ -213,3 +228,11 @@ def test_domains_are_not_for_methods_that_read_texts(tmp_path: Path) -> None:
     for key in ("domains", "held_out_domains"):
         with pytest.raises(ValueError, match=f"recipe.data.{key}: this method reads texts"):
             read_texts(DataConfig(**{"train": "x.jsonl", key: {"a": "b"}}))
+
+
+def test_the_recipe_of_the_method_s_page_is_one() -> None:
+    page = Path(mw.__file__).parent / "methods" / "smat" / "README.md"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = decode(Recipe, parse_yaml(block, "page"))
+    config = decode(SmatConfig, found.config)
+    assert found.data.domains and config.episodes.ways == (5, 20) and config.episodes.held_out_classes == 0.2

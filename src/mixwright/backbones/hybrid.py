@@ -8,10 +8,11 @@ soft-caps stay its own.
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -48,7 +49,7 @@ class Slot(nn.Module):
         return self.current.run(self.number, component, hidden)
 
     def sole(self) -> int:
-        """See `HybridBackbone.sole`."""
+        """See `HybridBackbone._sole`."""
         return self.fallback
 
     def passed_over(self) -> None:
@@ -101,7 +102,9 @@ class HybridBackbone(nn.Module, GenerationMixin):
         self.head = Slot(num_blocks + 1)
         self.__dict__["slots"] = (self.embedding, *self.blocks, self.head)
         self._held: dict[int, tuple[nn.Module, Any, list[tuple[nn.Module, str]]]] = {}
-        self._places = tuple(map(_places, self.runs, self.tails))
+        self._anchors: dict[int, tuple[nn.Module, nn.Module, str]] = {}
+        self.places = tuple(map(_places, self.runs, self.tails))
+        self._first = tuple([str(run[0]) for run in runs if run] or ["0"] for runs in self.runs)
         self.coroutine = coroutine_type(coroutines)
         self.config = _config(self)
         self.generation_config = _generation_config(self)
@@ -137,16 +140,24 @@ class HybridBackbone(nn.Module, GenerationMixin):
             ends = [path.rpartition(".") for path in (tail, parts.head) if path is not None]
             owners = [(model.get_submodule(owner), name) for owner, _, name in ends]
             held = self._held[component] = (model, model.get_submodule(parts.layers), owners)
-        first = [run[0] for run in self.runs[component] if run] or [0]
-        layers = cast(nn.ModuleList, held[1])
-        return *(layers[layer] for layer in first), *(getattr(owner, name) for owner, name in held[2])
+        layers: Any = held[1]._modules  # pyright: ignore[reportPrivateUsage]  (an index costs much more)
+        return *(layers[name] for name in self._first[component]), *(getattr(owner, name) for owner, name in held[2])
+
+    def device_of(self, component: int) -> torch.device:
+        """Where a component is: where its first parameter is."""
+        model = self.components[component]
+        held = self._anchors.get(component)
+        if held is None or held[0] is not model:
+            owner, _, leaf = next(model.named_parameters())[0].rpartition(".")
+            held = self._anchors[component] = (model, model.get_submodule(owner), leaf)
+        return getattr(held[1], held[2]).device
 
     def place(self, component: int, number: int) -> int:
         """Which of its stops is where a component enters slot `number`.
 
         Raises ValueError for a block of which it has no layers.
         """
-        found = self._places[component][number]
+        found = self.places[component][number]
         if found is None:
             raise ValueError(
                 f"component {self.names[component]!r} has no layers in block {number - 1}: they were cut away when the "
@@ -173,14 +184,19 @@ class HybridBackbone(nn.Module, GenerationMixin):
         cache = past_key_values
         if cache is None and use_cache:
             cache = HybridCache()
-        with self._pass(input_ids, attention_mask, position_ids, cache) as current:
-            sole = self.sole()
-            if sole is None:
-                logits = self._mixed(input_ids, logits_to_keep)
-            else:
-                logits = current.whole(sole, logits_to_keep)
-                for stand in self.stands():
-                    stand.passed_over()  # type: ignore[operator]
+        stands = self.stands()
+        sole = self._sole(stands)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = _counted(attention_mask)[:, -input_ids.shape[1] :]
+        current = Pass(self, input_ids, {"attention_mask": attention_mask, "position_ids": position_ids}, cache)
+        if sole is None:
+            with self._in_slots(current):
+                logits = self._mixed(stands, input_ids, logits_to_keep)
+                current.finish()
+        else:
+            logits = current.whole(sole, logits_to_keep)
+            for stand in stands:
+                stand.passed_over()  # type: ignore[operator]
             current.finish()
         loss = None
         if labels is not None:
@@ -190,16 +206,17 @@ class HybridBackbone(nn.Module, GenerationMixin):
 
     def stands(self) -> tuple[nn.Module, ...]:
         """Who stands at the slots: the slots themselves, or mixtures."""
-        return self.embedding, *self.blocks, self.head
+        modules: Any = self._modules  # looked up here: an attribute that is a module is found last
+        return modules["embedding"], *modules["blocks"]._modules.values(), modules["head"]
 
-    def sole(self) -> int | None:
+    def _sole(self, stands: Sequence[nn.Module]) -> int | None:
         """The component that everybody at the slots follows, if they know before the pass that they follow one.
 
         It can then go in one go. Whoever stands at a slot may say so by a method `sole`, and is told by `passed_over`
         that the pass went by; one whose calls somebody watches is called.
         """
         followed: int | None = None
-        for stand in self.stands():
+        for stand in stands:
             ask: Any = getattr(stand, "sole", None)
             if ask is None or stand._forward_hooks or stand._forward_pre_hooks:
                 return None
@@ -210,13 +227,15 @@ class HybridBackbone(nn.Module, GenerationMixin):
         whole = followed is not None and self.tails[followed] is None and all(self.runs[followed])
         return followed if whole else None
 
-    def _mixed(self, ids: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        hidden = self.embedding(ids.unsqueeze(-1).float())
-        for block in self.blocks:
-            hidden = block(hidden)
+    def _mixed(self, stands: Sequence[nn.Module], ids: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        learning = torch.is_grad_enabled() or bool(_has_any_global_hook())
+        hidden = ids.unsqueeze(-1).float()
+        for stand in stands[:-1]:
+            hidden = _called(stand, hidden, learning)
         if isinstance(logits_to_keep, int):
-            return self.head(kept(hidden, logits_to_keep))
-        return self.head(hidden)[:, logits_to_keep]  # whoever mixes tokens differently must know which these are
+            return _called(stands[-1], kept(hidden, logits_to_keep), learning)
+        # whoever mixes tokens differently must know which these are
+        return _called(stands[-1], hidden, learning)[:, logits_to_keep]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """That of every component, not reentrant unless asked."""
@@ -230,20 +249,15 @@ class HybridBackbone(nn.Module, GenerationMixin):
             component.gradient_checkpointing_disable()  # type: ignore[operator]
 
     @contextmanager
-    def _pass(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HybridCache | None
-    ) -> Generator[Pass]:
-        if positions is None and mask is not None and mask.dim() == 2:
-            positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
-        current = Pass(self, ids, {"attention_mask": mask, "position_ids": positions}, cache)
+    def _in_slots(self, current: Pass) -> Generator[None]:
         slots: tuple[Slot, ...] = self.__dict__["slots"]
         for slot in slots:
-            slot.current = current
+            slot.__dict__["current"] = current  # a module's own way of setting attributes takes ten times as long
         try:
-            yield current
+            yield
         finally:
             for slot in slots:
-                slot.current = None
+                slot.__dict__["current"] = None
             current.close()
 
     # What `generate` asks of a model.
@@ -279,6 +293,21 @@ class HybridBackbone(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Components choose how to run experts of their own."""
         return {}
+
+
+def _called(stand: nn.Module, hidden: Tensor, learning: bool) -> Tensor:
+    """Whoever stands at a slot is called, or, if they say that it comes to the same and nobody watches, what they do.
+
+    They say so by a method `direct`, which is asked in every pass that learns nothing.
+    """
+    ask: Any = None if learning else getattr(stand, "direct", None)
+    direct = None if ask is None else ask()
+    return stand(hidden) if direct is None else direct(hidden)
+
+
+def _counted(mask: Tensor) -> Tensor:
+    """The positions of the real tokens."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
 def _tail(component: nn.Module, parts: Parts, runs: Sequence[range]) -> str | None:

@@ -115,7 +115,11 @@ class Pass:
             session = self.sessions[component] = self._session(component)
         if number == 0:
             return self._out(component, session.reach(0))
-        own = session.reach(self.hybrid.place(component, number))
+        place = self.hybrid.places[component][number]
+        if place is None or session.at != place:
+            session.reach(self.hybrid.place(component, number))
+        own = session.hidden
+        assert own is not None
         out = session.go(own if hidden is None else _like(hidden, own))
         return self._out(component, out) if number <= self.last else self.logits(out)
 
@@ -158,7 +162,7 @@ class Pass:
 
     def _arguments(self, component: int, model: nn.Module) -> dict[str, Any]:
         parts, cache = self.hybrid.parts[component], self.cache
-        there = next(model.parameters()).device
+        there = self.hybrid.device_of(component)
         arguments: dict[str, Any] = {
             key: value.to(there) for key, value in self.given.items() if value is not None and key in parts.takes
         }

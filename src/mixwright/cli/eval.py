@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixwright.cli.composition import Backbone, opened
+from mixwright.cli.few_shot import evaluate_domains, evaluate_support, reads_episodes
 from mixwright.cli.output import Json, console, example, print_json, print_table
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _EXAMPLE = (
     "mixwright eval composed --data law.jsonl --data medicine.jsonl",
     "mixwright eval my-catalog --backbone my-backbone --data held-out.jsonl --systems backbone,merged,routed --json",
+    "mixwright eval few-shot-composition --support birds/train --query birds/test",
 )
 _REFERENCE = "backbone"
 
@@ -28,7 +30,10 @@ def evaluate(
     source: Annotated[
         Path, typer.Argument(metavar="COMPOSITION|CATALOG", help="A folder that `compose` wrote, or one of experts.")
     ],
-    data: Annotated[list[str], typer.Option("--data", help="A JSONL file, a folder or a hub id; one task each.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A JSONL file, a folder or a hub id; one task, or few-shot domain, each."),
+    ] = None,
     systems: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +50,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples of each task at most.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples in one forward pass.")] = 16,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a text that are kept.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random prototypes.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random prototypes, or the episodes.")] = 0,
+    support: Annotated[
+        str | None,
+        typer.Option("--support", help="Few-shot: labelled items to learn from: class folders, a table."),
+    ] = None,
+    query: Annotated[str | None, typer.Option("--query", help="Few-shot: labelled items to be classified.")] = None,
+    ways: Annotated[int, typer.Option("--ways", min=2, help="Few-shot: classes of an episode of --data.")] = 5,
+    shots: Annotated[int, typer.Option("--shots", min=1, help="Few-shot: items of each class to learn from.")] = 5,
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Few-shot: episodes of each --data.")] = 100,
     as_json: Json = False,
 ) -> None:
     """Score the backbone, each expert, merges, and the routed model on the same examples, with intervals.
@@ -53,6 +66,15 @@ def evaluate(
     The best single expert and the best expert of each task are chosen on these very scores: they are upper references,
     not systems one could deploy. Differences to the backbone are paired by example.
     """
+    if reads_episodes(source):
+        if data is None:
+            evaluate_support(source, support, query, backbone, as_json=as_json)
+        else:
+            sizes = {"ways": ways, "shots": shots, "episodes": episodes, "seed": seed}
+            evaluate_domains(source, data, backbone, **sizes, as_json=as_json)
+        return
+    if data is None or support is not None or query is not None:
+        raise ValueError("give --data; --support and --query are for few-shot compositions.")
     from mixwright.evaluation.evaluate import evaluate as measure
     from mixwright.evaluation.systems import members
     from mixwright.evaluation.tasks import METRIC, chosen_systems, default_systems, file_tasks, kind_of

@@ -1,7 +1,7 @@
 """`explain`: who acted on each token of a text, which latent experts serve which task, or why a hybrid is as it is."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +20,17 @@ _EXAMPLE = (
     "mixwright explain composed --text 'Permission is hereby granted' --without licence",
     "without licence, this passage costs +0.60 nats per token",
     "mixwright explain multitask --output tasks.html --measure",
+    "mixwright explain pool --support examples/ --query held-out/ --output pool.html",
     "mixwright explain hybrid --data held-out.jsonl --runs runs/seed-0 --runs runs/seed-1 --output hybrid.html",
 )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of tasks for a pool of sparse experts, and items to measure on."""
+
+    supports: tuple[str, ...] = ()
+    query: str | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +65,15 @@ def explain(
         list[Path] | None,
         typer.Option("--verdicts", help="A hybrid: JSON with verdicts of comparisons made elsewhere."),
     ] = None,
+    support: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--support", help="A pool of sparse experts: a task's examples by class; may stand several times."
+        ),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option("--query", help="A pool of sparse experts: labelled items to measure --support on.")
+    ] = None,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="A hybrid: measure around the choice too.")] = True,
     limit: Annotated[int, typer.Option("--limit", min=1, help="A hybrid: texts of each file at most.")] = 64,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="A hybrid: tokens of a row of text.")] = 512,
@@ -76,6 +94,9 @@ def explain(
 
     A hybrid of whole models: whether it is better than its best component, what each mixture weight is worth, where it
     helps, how its weights came about, and the ground around them. It is measured on --data, held-out texts.
+
+    A pool of sparse experts: which weights each changes, how alike the experts are, and, for the examples in --support,
+    what was chosen, how sure that is, what each expert is worth and what the strength dial does.
     """
     if text is None and file is None and (target is not None or without is not None):
         raise ValueError("--target and --without go with a text; give one of --text TEXT and --file FILE.")
@@ -83,8 +104,13 @@ def explain(
         data=data or (), runs=runs or (), verdicts=verdicts or (), sweeps=sweep, limit=limit, max_length=max_length
     )
     if text is None and file is None:
-        _explain_whole(composition, asked, output, terminal, measure, backbone, as_json)
+        task = Task(tuple(support or ()), query)
+        _explain_whole(composition, asked, task, output, terminal, measure, backbone, as_json)
         return
+    if support or query:
+        raise ValueError(
+            "--support and --query explain a pool of sparse experts, without a text; leave out one of them."
+        )
     if measure:
         raise ValueError("--measure times a model routed by task, without a text; leave out one of them.")
     given = text_of("--text", text, file)
@@ -135,17 +161,24 @@ def _explain_neurons(
 def _explain_whole(
     composition: Path,
     asked: Asked,
+    task: Task,
     output: Path | None,
     terminal: bool,
     measure: bool,
     backbone: str | None,
     as_json: bool,
 ) -> None:
-    """Without a text: a hybrid, or a model routed by task; others need one."""
+    """Without a text: a hybrid, a pool of sparse experts, or a model routed by task; others need one."""
     from mixwright.cli.composition import loaded, tokenizer_in
     from mixwright.evaluation.hybrid_rows import mixes_models
+    from mixwright.evaluation.pool import has_pool
 
     model = loaded(composition, backbone)
+    if has_pool(model):
+        _explain_pool(model, asked, task, output, terminal, as_json)
+        return
+    if task.supports or task.query:
+        raise ValueError("--support and --query explain a pool of sparse experts, and this is none.")
     if mixes_models(model):
         if measure:
             raise ValueError("--measure times a model routed by task; a hybrid is measured on --data FILE.")
@@ -180,6 +213,17 @@ def _explain_hybrid(
     found = explained(model, tokenizer, composition, asked, quiet=as_json)
     page, show = partial(hybrid_page, found), partial(print_hybrid, found, console())
     _deliver(page, found.to_dict, show, output, terminal, as_json)
+
+
+def _explain_pool(model: Any, asked: Asked, task: Task, output: Path | None, terminal: bool, as_json: bool) -> None:
+    from mixwright.cli.explain_pool import explained_pool
+    from mixwright.report.pool_page import pool_page
+    from mixwright.report.pool_terminal import print_pool
+
+    pool, episodes = explained_pool(model, task.supports, task.query, asked.limit or 64, asked.max_length)
+    content = {**pool.to_dict(), "episodes": [episode.to_dict() for episode in episodes]}
+    page, show = partial(pool_page, pool, episodes), partial(print_pool, pool, console(), episodes)
+    _deliver(page, lambda: content, show, output, terminal, as_json)
 
 
 def _explain_tasks(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixwright.cli.composition import Backbone, Folder, Task, opened, text_of
+from mixwright.cli.few_shot import classify, reads_episodes
 from mixwright.cli.output import Json, console, example, print_json
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def run(
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
-    """Write the answer as it comes, and which experts had the say in it."""
+    """Write the answer as it comes, and which experts had the say in it; of few-shot compositions, the class."""
+    if reads_episodes(composition):
+        classify(composition, task, prompt, file, backbone, as_json=as_json)
+        return
     given = text_of("--prompt", prompt, file)
     model, tokenizer = opened(composition, backbone)
     can_generate = getattr(model.backbone, "can_generate", None)

@@ -1,5 +1,6 @@
 """A mixture joins a base, a router and experts at one site of a backbone."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -46,7 +47,9 @@ class Mixture(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
         """Route, note the routing, apply the experts, add the base. What else a layer is called with is the base's."""
         # Asked for once: an attribute that is a module is found last, after two searches in vain.
-        channel, base, router, experts = self.channel, self.base, self.router, self.experts
+        channel, base, modules = self.channel, self.base, self._modules
+        router: Any = modules["router"]
+        experts: Any = modules["experts"]
         if not channel.enabled and (bare := self.bare) is not None:
             return bare(x, *args, **kwargs)
         read = x if self.carried is None else self.carried.take()
@@ -80,6 +83,23 @@ class Mixture(nn.Module):
         if self.channel.trace is not None and self.channel.enabled and (routing := self._settled()) is not None:
             self.channel.note(self.site, routing)
 
+    def direct(self) -> Callable[[Tensor], Tensor] | None:
+        """What a call comes to, where nobody hears of it and its routing is known, for a backbone that learns nothing.
+
+        It holds for the pass in which it was asked for.
+        """
+        channel, modules = self.channel, self._modules
+        router: Any = modules["router"]
+        experts: Any = modules["experts"]
+        if not channel.enabled or channel.trace is not None or channel.override is not None:
+            return None
+        if self.base is not None or self.carried is not None or self.flat:
+            return None
+        if _watched(self) or _watched(router) or _watched(experts):
+            return None
+        routing = router.fixed()
+        return None if routing is None else experts.direct(routing)
+
     def experts_on(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """What the experts say to `x` by themselves, also where they are disabled; with a batch axis."""
         tokens, condition = self._with_batch_axis(x), self.channel.condition_at(self.stream)
@@ -91,9 +111,10 @@ class Mixture(nn.Module):
         return self.replaced if self.base is None else self.base
 
     def _settled(self) -> Routing | None:
-        if self.base is not None or self.experts._forward_hooks or self.router._forward_hooks:
+        router: Any = self._modules["router"]
+        if self.base is not None or self._modules["experts"]._forward_hooks or router._forward_hooks:  # type: ignore[union-attr]
             return None
-        return self.channel.override or self.router.settled()
+        return self.channel.override or router.settled()
 
     def _fresh(self, base: nn.Module) -> bool:
         """Whether what the base returned is nobody else's: a linear layer's own result, which no hook has seen."""
@@ -114,3 +135,7 @@ class Mixture(nn.Module):
             if bare is None or name.startswith("_"):
                 raise
             return getattr(bare, name)
+
+
+def _watched(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -106,6 +106,8 @@ class ComposedModel(nn.Module):
 
         `task_ids` (batch,) is the column of a data set with which PEFT's Poly and transformers' Trainer say the task.
         """
+        if condition is None and task_ids is None:
+            return self.backbone(*args, **kwargs)
         with self.under(self._condition(condition, task_ids)):
             return self.backbone(*args, **kwargs)
 

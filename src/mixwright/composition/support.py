@@ -14,7 +14,7 @@ from mixwright.routing import SupportSet
 Given = SupportSet | Episode | tuple[Any, Any]
 """A support set; an episode, whose queries are not looked at; or inputs and labels, the latter numbers or names."""
 
-Read = Callable[[Sequence[Any]], Inputs]
+Read = Callable[[Any], Inputs]
 """Raw items (texts, pictures) as the backbone reads them."""
 
 
@@ -58,8 +58,8 @@ def placed(inputs: Any, like: Tensor, read: Read | None = None) -> Inputs:
         return {name: _moved(torch.as_tensor(value), like) for name, value in named.items()}
     if not isinstance(inputs, Tensor) and not hasattr(inputs, "__array__"):
         items: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-        if items and isinstance(items[0], Tensor):
-            return _moved(_stacked(items), like)
+        if items and hasattr(items[0], "__array__") and not hasattr(items[0], "save"):  # pictures are read
+            return placed(_stacked([torch.as_tensor(item) for item in items]), like, read)
         if items and not isinstance(items[0], int | float | list | tuple):
             if read is None:
                 raise TypeError(
@@ -97,9 +97,8 @@ def _numbered(labels: Any) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([places[label] for label in listed], dtype=torch.long), tuple(names)
 
 
-def shapes_of(support: SupportSet) -> str:
-    """What its items look like, for messages."""
-    inputs: Inputs = support.inputs
+def shapes_of(inputs: Inputs) -> str:
+    """What items look like, for messages."""
     if isinstance(inputs, Tensor):
         return f"shape {tuple(inputs.shape[1:])}"
     return ", ".join(f"{name} {tuple(tensor.shape[1:])}" for name, tensor in inputs.items())

@@ -46,7 +46,8 @@ def has_split(source: str | Path | Sequence[str | Path], split: Split) -> bool:
 
 
 def _read(name: str, source: str, split: Split) -> Domain:
-    path, _, part = source.partition("#")
+    whole = Path(source).expanduser().exists()  # a name may have a # of its own
+    path, _, part = (source, "", "") if whole else source.rpartition("#") if "#" in source else (source, "", "")
     place = Path(path).expanduser()
     if place.is_dir():
         return _folder(name, place, part or split, asked=bool(part))

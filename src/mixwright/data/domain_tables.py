@@ -9,6 +9,7 @@ from typing import Any, cast
 from mixwright.data.domains import Domain
 from mixwright.data.encoded import Encoded
 from mixwright.data.tasks import Row, json_lines, open_hub
+from mixwright.errors import MissingExtra
 
 _CONTENT = ("image", "img", "text")
 
@@ -25,7 +26,13 @@ def table_domain(name: str, path: Path, class_names: Sequence[str] = ()) -> Doma
 
 def hub_domain(name: str, source: str, split: str) -> Domain:
     """The domain of a hub data set with `image` or `text`, and `label`. Raises ValueError; MissingExtra (`data`)."""
-    table = open_hub(source, split)
+    try:
+        table = open_hub(source, split)
+    except MissingExtra:
+        raise
+    except Exception as error:  # whatever the hub's client says to a name that it does not know
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source}: no such folder here, and the hub did not give it ({said:.200}).") from error
     for column, feature in table.features.items():
         if type(feature).__name__ == "Image":
             table = table.cast_column(column, type(feature)(decode=False))

@@ -16,6 +16,7 @@ from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.model import ComposedModel
 from mixwright.experts.blocks import BlockExperts, EmbeddingExperts, HeadExperts
 from mixwright.routers.base import AbstractRouter
+from mixwright.routers.constant import ConstantRouter
 from mixwright.routing import Condition, Routing
 
 SLOTS = (EmbeddingExperts, BlockExperts, HeadExperts)
@@ -93,21 +94,6 @@ class ForcedWeight(AbstractRouter):
         return acting(weights, self.num_experts)
 
 
-class FixedRow(AbstractRouter):
-    """These weights, always; zeros are exact."""
-
-    def __init__(self, weights: Float[Tensor, " models"]) -> None:
-        super().__init__()
-        self.num_experts = weights.shape[0]
-        self.register_buffer("weights", weights.float())
-        self.weights: Tensor
-
-    def forward(self, x: Float[Tensor, "*batch d_in"], condition: Condition) -> Routing:
-        """One choice for the whole model."""
-        del x, condition
-        return acting(self.weights, self.num_experts)
-
-
 def acting(weights: Float[Tensor, "*decision models"], count: int) -> Routing:
     """The routing in which only components with a weight somewhere are named."""
     live = (weights != 0).reshape(-1, count).any(0).nonzero().flatten().cpu()
@@ -132,7 +118,7 @@ def fixed(model: ComposedModel, rows: Mapping[str, Float[Tensor, " models"]]) ->
     """Inside the block the named rows have these weights."""
     slots = slots_of_rows(model)
     device = next(model.backbone.parameters()).device
-    made = {row: FixedRow(weights).to(device) for row, weights in rows.items()}
+    made = {row: ConstantRouter(weights).to(device) for row, weights in rows.items()}
     with model.replaced({slot: router for row, router in made.items() for slot in slots[row]}):
         yield
 

@@ -1,7 +1,7 @@
 """What every kind of experts promises."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class AbstractExperts(nn.Module, ABC):
 
     def sole(self, routing: Routing) -> int | None:
         """The expert that is the whole output under `routing`, of kinds that then hand it over as it is."""
+        del routing
+
+    def direct(self, routing: Routing) -> Callable[[Tensor], Tensor] | None:
+        """What a call under `routing` comes to, of kinds that need no condition: for a pass without gradients."""
         del routing
 
     def onto(

@@ -1,100 +1,117 @@
 """The slots of a hybrid as experts: pretrained embeddings, runs of layers, and heads, of different architectures."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from mixwright.experts.base import AbstractExperts
+from mixwright.experts.folded import Folded, Members
 from mixwright.experts.projectors import Projection, make_projector, resized
 from mixwright.routing import Condition, Routing
 
 Run = Callable[[int, Tensor | None], Tensor]
 """(component, hidden state or None) -> what leaves its part of this slot: `backbones.hybrid.Slot.run`."""
 
-Members = list[tuple[int, Tensor | None]]
-"""The components that act, each with its weights `(*decision, 1)`; None for one that acts alone at weight 1."""
+
+class AbstractComponents(AbstractExperts):
+    """The components' part of one slot. Who acts is read off the routing alone: there is no condition."""
+
+    def __init__(self, run: Run, num_components: int) -> None:
+        super().__init__()
+        self.run, self.num_experts = run, num_components
+        self.members = Reader()
+
+    @abstractmethod
+    def under(self, members: Members, x: Tensor) -> Tensor:
+        """The output when these members act."""
+
+    def forward(
+        self, x: Float[Tensor, "batch seq d_in"], routing: Routing, condition: Condition
+    ) -> Float[Tensor, "batch d_seq d_out"]:
+        """See AbstractExperts."""
+        del condition
+        return self.under(self.members(routing), x)
+
+    def sole(self, routing: Routing) -> int | None:
+        """The component that acts alone at weight 1, if one does."""
+        return alone(self.members(routing))
+
+    def direct(self, routing: Routing) -> Callable[[Tensor], Tensor]:
+        """See AbstractExperts."""
+        return partial(self.under, self.members(routing))
 
 
-class EmbeddingExperts(AbstractExperts):
+class EmbeddingExperts(AbstractComponents):
     """h_0 = sum_m alpha_m pad(E_m[x]): each component's own embedding, with all that comes before its first layer.
 
     A component that acts alone hands its own over as it is, of its own width.
     """
 
     def __init__(self, run: Run, widths: Sequence[int]) -> None:
-        super().__init__()
-        self.run, self.num_experts, self.width = run, len(widths), max(widths)
-        self.members = Reader()
+        super().__init__(run, len(widths))
+        self.width = max(widths)
 
-    def sole(self, routing: Routing) -> int | None:
-        """The component that acts alone at weight 1, if one does."""
-        return alone(self.members(routing))
-
-    def forward(self, x: Tensor, routing: Routing, condition: Condition) -> Float[Tensor, "batch seq width"]:
+    def under(self, members: Members, x: Tensor) -> Float[Tensor, "batch seq width"]:
         """The mixed stream; `x` is not read: components embed the pass's own tokens."""
-        del x, condition
-        members = self.members(routing)
+        del x
         if (only := alone(members)) is not None:
             return self.run(only, None)
         return _mixed([(alpha, resized(self.run(m, None), self.width)) for m, alpha in members])
 
 
-class BlockExperts(AbstractExperts):
+class BlockExperts(AbstractComponents):
     """One block of a hybrid, h <- sum_m alpha_m z_m, between gated residual projectors (Roberts et al. 2024).
 
     x_m = (1 - alpha_m) Win_m(h) + alpha_m trunc_m(h); y_m = layers_m(x_m); z_m = (1 - alpha_m) Wout_m(y_m) + alpha_m
-    pad(y_m). The gate is the mixture weight itself. A component that acts alone, at weight 1, meets no projector and no
-    arithmetic, and hands over a stream of its own width; a component that does not act does not run.
+    pad(y_m). The gate is the mixture weight itself; without gradients one affine map holds it and the projector, see
+    `folded`. A component that acts alone, at weight 1, meets no projector and no arithmetic, and hands over a stream of
+    its own width; a component that does not act does not run.
     """
 
     def __init__(self, run: Run, widths: Sequence[int], projectors: Projection = "linear") -> None:
-        super().__init__()
-        self.run, self.num_experts, self.widths, self.width = run, len(widths), tuple(widths), max(widths)
+        super().__init__(run, len(widths))
+        self.widths, self.width = tuple(widths), max(widths)
         self.enter = nn.ModuleList(make_projector(projectors, self.width, d) or nn.Identity() for d in widths)
         self.leave = nn.ModuleList(make_projector(projectors, d, self.width) or nn.Identity() for d in widths)
-        self.members = Reader()
+        self.folded = Folded()
 
-    def sole(self, routing: Routing) -> int | None:
-        """The component that acts alone at weight 1, if one does."""
-        return alone(self.members(routing))
-
-    def forward(
-        self, x: Float[Tensor, "batch seq d_in"], routing: Routing, condition: Condition
-    ) -> Float[Tensor, "batch d_seq d_out"]:
+    def under(self, members: Members, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch d_seq d_out"]:
         """The stream after this block; the last block's may have the tokens only whose logits are asked for."""
-        del condition
-        members = self.members(routing)
         if (only := alone(members)) is not None:
             return self.run(only, resized(x, self.widths[only]))
-        return _mixed([(alpha, self._through(m, alpha, x)) for m, alpha in members])
+        maps = self.folded(self.enter, self.leave, members, x)
+        if maps is None:
+            return _mixed([(alpha, self._through(m, alpha, x)) for m, alpha in members])
+        h, run = resized(x, self.width), self.run
+        outputs = [run(m, linear(h, weight, bias)) for m, weight, bias in maps.enter]
+        if any(y.dtype != x.dtype for y in outputs):
+            return _mixed([(alpha, self._left(m, alpha, y)) for (m, alpha), y in zip(members, outputs)])
+        return maps.left(outputs)
 
     def _through(self, m: int, alpha: Tensor | None, x: Tensor) -> Tensor:
         assert alpha is not None
         y = self.run(m, _gated(self.enter[m], resized(x, self.width), resized(x, self.widths[m]), alpha))
+        return self._left(m, alpha, y)
+
+    def _left(self, m: int, alpha: Tensor | None, y: Tensor) -> Tensor:
+        assert alpha is not None
         return _gated(self.leave[m], y, resized(y, self.width), alpha)
 
 
-class HeadExperts(AbstractExperts):
+class HeadExperts(AbstractComponents):
     """logits = sum_m alpha_m H_m(trunc_m(h)), with each component's own post-processing."""
 
     def __init__(self, run: Run, widths: Sequence[int]) -> None:
-        super().__init__()
-        self.run, self.num_experts, self.widths = run, len(widths), tuple(widths)
-        self.members = Reader()
+        super().__init__(run, len(widths))
+        self.widths = tuple(widths)
 
-    def sole(self, routing: Routing) -> int | None:
-        """The component that acts alone at weight 1, if one does."""
-        return alone(self.members(routing))
-
-    def forward(
-        self, x: Float[Tensor, "batch seq d_in"], routing: Routing, condition: Condition
-    ) -> Float[Tensor, "batch d_seq vocab"]:
+    def under(self, members: Members, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch d_seq vocab"]:
         """The mixed logits."""
-        del condition
-        members = self.members(routing)
         if (only := alone(members)) is not None:
             return self.run(only, resized(x, self.widths[only]))
         return _mixed([(alpha, self.run(m, resized(x, self.widths[m]))) for m, alpha in members])
@@ -162,15 +179,20 @@ def _gated(projector: nn.Module, x: Tensor, straight: Tensor, alpha: Tensor) -> 
 
 def _mixed(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
     """sum_m alpha_m part_m, in float32 at least, in the dtype of the widest part."""
-    dtype = reduce(torch.promote_types, (part.dtype for _, part in parts))
+    dtype = parts[0][1].dtype
+    for _, part in parts:
+        if part.dtype != dtype:
+            dtype = torch.promote_types(dtype, part.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     total: Tensor | None = None
     for alpha, part in parts:
         assert alpha is not None
-        weight, part = _beside(alpha, part).to(wide), part.to(wide)
+        weight = _beside(alpha, part)
+        if weight.dtype != wide or part.dtype != wide:
+            weight, part = weight.to(wide), part.to(wide)
         total = part * weight if total is None else torch.addcmul(total, part, weight)
     assert total is not None
-    return total.to(dtype)
+    return total if wide == dtype else total.to(dtype)
 
 
 def _beside(alpha: Tensor, x: Tensor) -> Tensor:

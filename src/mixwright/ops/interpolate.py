@@ -19,7 +19,7 @@ from mixwright.ops.hard_concrete import concrete_noise, mask, slope_at
 
 CHUNK = 1 << 15
 """Weights that are interpolated at a time, as many as a CPU's cache holds the masks of."""
-GPU_CHUNK = 1 << 22
+GPU_CHUNK = 1 << 20
 """The same on a GPU, where the work of starting counts."""
 
 

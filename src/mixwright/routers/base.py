@@ -21,6 +21,9 @@ class AbstractRouter(nn.Module, ABC):
     def settled(self) -> Routing | None:
         """The routing, where one expert acts alone whatever the input is, of kinds that can know."""
 
+    def fixed(self) -> Routing | None:
+        """The routing of a pass without gradients, where that is known before the input is, of kinds that can know."""
+
 
 class WideBuffers(nn.Module):
     """Its buffers stay float32 when the model around them is cast to something narrower: what was measured or

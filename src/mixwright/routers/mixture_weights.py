@@ -71,17 +71,24 @@ class MixtureWeights(AbstractRouter):
     def forward(self, x: Tensor, condition: Condition) -> Routing:
         """One choice for the whole model; the same object again where nothing has changed since the last call."""
         del x
+        logits: Any = self._parameters["logits"]
+        learned = torch.is_grad_enabled() and logits.requires_grad
+        if not learned and (same := self.fixed()) is not None:
+            return same
         ids, _ = self.live()
-        if len(ids) > 1 and (self.is_drawing or torch.is_grad_enabled() and self.logits.requires_grad):
+        if len(ids) > 1 and (learned or self.is_drawing):
             return Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids)
-        key = (version(self.logits), version(self.allowed), version(self.temperature), self.logits.data_ptr())
-        if self._routing is None or self._routing[0] != key or None in key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._routing = (
-                    key,
-                    Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids),
-                )
-        return self._routing[1]
+        with torch.inference_mode(False), torch.no_grad():
+            found = Routing(self.relaxed(self.live_logits(condition), condition), self.num_experts, ids)
+        self._routing = (self._state(), found)
+        return found
+
+    def fixed(self) -> Routing | None:
+        """What the last pass had, if the next one without gradients has it too: nothing has changed or is drawn."""
+        if self._routing is None or self.training and self.draw != "none":
+            return None
+        key, found = self._routing
+        return found if key is not None and key == self._state() else None
 
     def settled(self) -> Routing | None:
         """The routing where one component is allowed alone, whose weight is then 1."""
@@ -140,6 +147,19 @@ class MixtureWeights(AbstractRouter):
 
     def _wide(self) -> Tensor:
         return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+
+    def _state(self) -> tuple[int, ...] | None:
+        """Changes with whatever the weights are made of; None where that can't be told."""
+        buffers = self._buffers  # looked up here: the long way takes longer than the rest of a pass's bookkeeping
+        logits: Any = self._parameters["logits"]
+        allowed: Any = buffers["allowed"]
+        temperature: Any = buffers["temperature"]
+        if logits.is_inference() or allowed.is_inference() or temperature.is_inference():
+            return None
+        return (
+            logits._version, logits.data_ptr(), allowed._version, allowed.data_ptr(), temperature._version,
+            temperature.data_ptr(),
+        )  # fmt: skip
 
     def _forget(self) -> None:
         self._routing: tuple[Any, Routing] | None = None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 from mixwright.composition.domain_readers import DomainReaders
@@ -16,7 +16,7 @@ from mixwright.data.episode_samplers import FixedEpisodes, VariableEpisodes, gen
 from mixwright.data.pixels import PHOTOS, SHAPES
 from mixwright.recipe import DataConfig, EpisodeConfig, Source
 
-_UNUSED = ("train", "tasks", "validation", "test", "general", "labels", "size_cap", "limit", "max_target_length")
+_USED = ("domains", "held_out_domains", "new_tasks", "max_length")
 _AUGMENTED = {"none": None, "shapes": SHAPES, "photos": PHOTOS}
 
 
@@ -35,11 +35,13 @@ class Domains:
 
 def read_domains(data: DataConfig, config: EpisodeConfig, seed: int) -> Domains:
     """Open all domains of a recipe. Raises ValueError naming the key, or the file, that is wrong."""
-    unused = next((key for key in _UNUSED if getattr(data, key) is not None), None)
+    plain = DataConfig()
+    keys = [field.name for field in fields(data) if field.name not in _USED]
+    unused = next((key for key in keys if getattr(data, key) != getattr(plain, key)), None)
     if unused is not None:
         raise ValueError(
-            f"recipe.data.{unused}: this method reads episodes; name its data under domains, held_out_domains and "
-            "new_tasks."
+            f"recipe.data.{unused}: this method reads episodes, and has no use for it; its data are named under "
+            "domains, held_out_domains and new_tasks."
         )
     if not data.domains and not data.new_tasks:
         raise ValueError("recipe.data.domains: missing; training draws episodes from domains (or new_tasks).")

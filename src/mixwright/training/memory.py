@@ -1,12 +1,14 @@
 """What training will need, before it is begun."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mixwright.data.batches import Batches
+from mixwright.data.collate import Batch
+from mixwright.data.episodes import Episode
 from mixwright.training.gradients import row_parameters, tables_of
 from mixwright.training.stage import Stage, select_parameters
 
@@ -58,17 +60,24 @@ def _kept(model: nn.Module, stage: Stage, data: Batches) -> int:
         return tensor
 
     device = next(model.parameters()).device
-    batch = data.collate(data.examples[:1]).to(device)
+    batch: object = data.collate(data.examples[:1]).to(device)
     wanted: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
     trained = {p for group in select_parameters(model, stage.groups) for p in group.values()}
+    if not trained:
+        return 0
+    modes = {module: module.training for module in model.modules()}
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     try:
         for parameter in wanted:
             parameter.requires_grad_(parameter in trained)
+        if isinstance(batch, Episode):  # whose loss keeps nothing in evaluation
+            model.train()
         with torch.autograd.graph.saved_tensors_hooks(note, same):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                stage.objective(model, batch)
+                stage.objective(model, cast(Batch, batch))
     finally:
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
     return sum(seen.values())

@@ -2,24 +2,14 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mixwright.data.mad_tasks import SelectiveCopy
 
-ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="a source distribution has no benchmarks")
+pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 TASK = SelectiveCopy(8, 12, 3)
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +13,7 @@ from mixwright.backbones.tiny import tiny_backbone
 from mixwright.routers.mixture_weights import MixtureWeights
 from mixwright.routing import Condition
 
-ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="a source distribution has no benchmarks")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
+pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 
 
 def module(name: str):

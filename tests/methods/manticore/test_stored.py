@@ -323,23 +323,11 @@ def test_mangled_folders_end_in_a_refusal_or_the_same_model(pair: Pair, tmp_path
         file.write_bytes(data)
 
 
-def test_push_to_hub_uploads_everything_once(pair: Pair) -> None:
-    @dataclass
-    class Hub:
-        calls: list[tuple[str, Any]]
-
-        def create_repo(self, repo_id: str, **options: Any) -> None:
-            self.calls.append(("create", (repo_id, options)))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
-            self.calls.append(("upload", files(Path(folder_path))))
-            return f"https://hub/{repo_id}"
-
-    hub = Hub([])
+def test_push_to_hub_uploads_everything_once(pair: Pair, hub: Any) -> None:
     model = trained(pair.compose(), 0)
     assert model.push_to_hub("me/hybrid", client=hub) == "https://hub/me/hybrid"
     assert [name for name, _ in hub.calls] == ["create", "upload"]
-    assert {KEPT, "ledger.json", "NOTICE", "README.md"} <= set(hub.calls[1][1])
+    assert {"components", "ledger.json", "NOTICE", "README.md"} <= set(hub.calls[1][1][1])
 
 
 def test_the_verb_checks_a_saved_hybrid(pair: Pair, tmp_path: Path) -> None:

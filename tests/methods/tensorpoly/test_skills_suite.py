@@ -1,20 +1,11 @@
 """The synthetic suite measures what it says: tasks side by side are tasks apart, and routing finds the skills."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="a source distribution has no benchmarks")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
+pytestmark = pytest.mark.usefixtures("benchmarks_importable")
 
 
 KINDS = ["lora", "poly", "mhr", "tlora", "tensorpoly-1", "released", "tensorpoly-2", "entangled", "private"]

@@ -38,7 +38,7 @@ class SmatConfig:
     between 0 and 1 at 256 levels; what is loaded is then that, and saved again to the same bytes."""
 
     episodes: EpisodeConfig = EpisodeConfig()
-    """Which episodes are drawn (sheet a8)."""
+    """Which episodes are drawn; the defaults are Meta-Dataset's (Triantafillou et al. 2020)."""
 
     masks: Literal["learned", "all", "random", "given"] = "learned"
     """`learned` (the paper); `all`: every weight that may change does, and with one expert that is P>M>F; `random`:

@@ -1,4 +1,4 @@
-"""How the pool is trained: stage *meta-tune*, over many episodes of many domains."""
+"""How the pool is trained: stage *meta-tune*, over many episodes of many domains; *adapt* names new tasks."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mixwright.composition.model import ComposedModel
+from mixwright.methods.smat.adapting import adapt, pool_before, remember_training
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.model import FewShotModel, compose
@@ -17,7 +18,7 @@ REFERENCE_STEPS = 12_500
 
 
 def stages(config: SmatConfig) -> tuple[Stage, ...]:
-    """*meta-tune*: shared change, masks, router and multipliers, each by its own rule."""
+    """*meta-tune*: shared change, masks, router and multipliers, each by its own rule. *adapt*: see `adapting`."""
     watch = Watch(config)
     return (
         Stage(
@@ -33,7 +34,9 @@ def stages(config: SmatConfig) -> tuple[Stage, ...]:
             build=lambda backbone, seed, before: _started(config, backbone, seed, before),
             watch=watch.look,
             alarms=watch.alarms,
+            finish=remember_training,
         ),
+        Stage(name="adapt", groups=(), steps=0, data="new_tasks", build=pool_before, own_way=adapt),
     )
 
 

@@ -1,0 +1,195 @@
+"""What a pool of sparse experts changes: where each acts, how much they overlap, which tasks are mixed alike."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixwright.composition.episodic import EpisodicModel
+from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
+from mixwright.experts.sparse_deltas import SparseDeltas
+from mixwright.routing import Routing
+
+TOP = 20
+OUTSIDE = "outside"
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class PoolCell:
+    """The parameters of one kind at one depth: how many weights, and the share that each expert changes."""
+
+    place: str
+    kind: str
+    weights: int
+    density: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PoolTensor:
+    """A parameter: norm(c * delta) / norm(theta) under a mixture, and the share of its weights that moves.
+
+    One that was pretrained at zero has no such ratio and is left out.
+    """
+
+    name: str
+    change: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class PoolTasks:
+    """Tasks by the mixture that each gets: half the sum of absolute differences, and the tree over it."""
+
+    names: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    distances: tuple[tuple[float, ...], ...]
+    merges: tuple[Merge, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool as its page tells of it.
+
+    `density`: the share of weights that each expert changes; `fractional`: of those, the share whose mask is not 1.
+    `overlap`: of two experts, intersection over union of what they change; `chance`: what independent masks of the
+    same densities would have. `mixture`: of the `tensors`.
+    """
+
+    experts: tuple[str, ...]
+    weights: int
+    density: tuple[float, ...]
+    fractional: tuple[float, ...]
+    union: float
+    cells: tuple[PoolCell, ...]
+    overlap: tuple[tuple[float, ...], ...]
+    chance: tuple[tuple[float, ...], ...]
+    tensors: tuple[PoolTensor, ...]
+    mixture: str
+    tasks: PoolTasks
+    composition: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def has_pool(model: Any) -> bool:
+    """Whether a model's weights are chosen among sparse experts, so that there is a pool to explain."""
+    return isinstance(model, EpisodicModel) and isinstance(model.mixture.experts, SparseDeltas)
+
+
+@torch.no_grad()
+def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, shown: str | None = None) -> Pool:
+    """Look at a pool. `tasks`: mixtures beside those it remembers; `shown`: the task whose change is listed by tensor.
+
+    Without `shown` that is the even mixture. Nothing is run but the masks.
+    """
+    deltas = model.mixture.experts
+    assert isinstance(deltas, SparseDeltas)
+    known = {name: Routing(model.remembered(name).weights, len(model.experts)) for name in model.adaptations}
+    mixtures = known | dict(tasks or {})
+    even = Routing(torch.full((len(model.experts),), 1 / len(model.experts)), len(model.experts))
+    at = even if shown is None else mixtures[shown]
+    both, union, inside = _counts(deltas)
+    total, live = deltas.num_weights, both.diagonal()
+    density = live / total
+    apart = live[:, None] + live[None] - both
+    chance = density[:, None] * density[None]
+    return Pool(
+        experts=model.experts,
+        weights=total,
+        density=_row(density),
+        fractional=_row(inside / live.clamp_min(1)),
+        union=union / total,
+        cells=_cells(deltas),
+        overlap=_rows(both / apart.clamp_min(1)),
+        chance=_rows(chance / (density[:, None] + density[None] - chance).clamp_min(1e-12)),
+        tensors=_tensors(model, deltas, at),
+        mixture="every expert alike" if shown is None else shown,
+        tasks=_tasks(mixtures),
+        composition={
+            "method": model.composition.method,
+            "backbone": {**model.composition.backbone, "fingerprint": model.fingerprint},
+            "config": dict(model.composition.config),
+        },
+    )
+
+
+def _counts(deltas: SparseDeltas) -> tuple[Tensor, int, Tensor]:
+    """Weights that two experts both change, that any does, and that each does in part."""
+    both = torch.zeros(deltas.num_experts, deltas.num_experts, dtype=torch.float64)
+    inside = torch.zeros(deltas.num_experts, dtype=torch.float64)
+    union = 0
+    for name in deltas.names:
+        masks, each = _units(deltas, name)
+        live = (masks > 0).float()
+        both += (live @ live.T).double() * each
+        union += int((live.sum(0) > 0).sum()) * each
+        inside += ((masks > 0) & (masks < 1)).sum(1).double() * each
+    return both, union, inside
+
+
+def _units(deltas: SparseDeltas, name: str) -> tuple[Tensor, int]:
+    """Masks (experts, units), and how many weights a unit holds."""
+    masks = deltas.masks(name).cpu()
+    masks = masks.reshape(len(masks), -1)
+    return masks, deltas.delta[name.replace(".", "/")].numel() // max(1, masks.shape[1])
+
+
+def _cells(deltas: SparseDeltas) -> tuple[PoolCell, ...]:
+    found: dict[tuple[str, str], tuple[int, Tensor]] = {}
+    for name in deltas.names:
+        masks, each = _units(deltas, name)
+        place = place_of(name)
+        count, live = found.get(place, (0, torch.zeros(deltas.num_experts, dtype=torch.float64)))
+        found[place] = count + masks.shape[1] * each, live + (masks > 0).sum(1).double() * each
+    return tuple(PoolCell(*place, count, _row(live / max(count, 1))) for place, (count, live) in found.items())
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Where a parameter lies, by the numbers in its name, and of what kind it is: `3`, `attention.q_proj.weight`."""
+    parts = name.split(".")
+    numbers = [part for part in parts if _NUMBER.fullmatch(part)]
+    if not numbers:
+        return OUTSIDE, ".".join(parts[-2:])
+    last = len(parts) - 1 - parts[::-1].index(numbers[-1])
+    return ".".join(numbers), ".".join(parts[last + 1 :]) or parts[0]
+
+
+def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tuple[PoolTensor, ...]:
+    base, weights = dict(model.backbone.named_parameters()), routing.dense().cpu()
+    found: list[PoolTensor] = []
+    for name in deltas.names:
+        masks, each = _units(deltas, name)
+        delta = deltas.delta[name.replace(".", "/")].detach().cpu().float().reshape(-1, each)
+        moved = (weights.to(masks.dtype) @ masks)[:, None] * delta
+        size = float(base[name].detach().float().norm())
+        if size == 0:
+            continue
+        share = float((moved != 0).double().mean()) if moved.numel() else 0.0
+        found.append(PoolTensor(name, float(moved.norm()) / size, share))
+    return tuple(sorted(found, key=lambda one: -one.change)[:TOP])
+
+
+def _tasks(mixtures: Mapping[str, Routing]) -> PoolTasks:
+    names = tuple(mixtures)
+    if not names:
+        return PoolTasks((), (), (), (), ())
+    weights = torch.stack([mixtures[name].dense().cpu().double() for name in names])
+    distances = (weights[:, None] - weights[None]).abs().sum(-1) / 2
+    merges = tuple(average_linkage(distances))
+    order = tuple(leaf_order(merges, len(names))) if merges else (0,)
+    return PoolTasks(names, _rows(weights), _rows(distances), merges, order)
+
+
+def _row(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.tolist())
+
+
+def _rows(values: Tensor | Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
+    return tuple(_row(row) for row in values)
