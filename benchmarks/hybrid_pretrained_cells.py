@@ -4,15 +4,12 @@ A seed decides the windows of training and the projectors' initial values; the p
 """
 
 import copy
-import json
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cells import Cells
 from benchmarks.hybrid_pretrained_pair import NAMES
 from benchmarks.hybrid_pretrained_search import RATE, SEARCHES, rows_of
 from benchmarks.hybrid_pretrained_systems import (
@@ -34,35 +31,6 @@ RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 KINDS = ("none", "linear", "identity", "least_squares", "mlp")
 POINTS = tuple(round(0.1 * i, 1) for i in range(11))
 MAIN = (Shape(), Shape(blocks=2))
-Cell = Callable[[], dict[str, Any]]
-
-
-class Cells:
-    """What was measured, by name, a line each; a run that was cut off goes on."""
-
-    def __init__(self, cache: Path | None, until: float = float("inf")) -> None:
-        self.cache, self.until = cache, until
-        self.found: dict[str, dict[str, Any]] = {}
-        if cache is not None and cache.exists():
-            lines = cache.read_text("utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            if len(whole) < len(lines):
-                cache.write_text("".join(whole), "utf-8")
-            rows = [json.loads(line) for line in whole]
-            self.found = {row.pop("key"): row for row in rows}
-
-    def take(self, key: str, measure: Cell) -> dict[str, Any]:
-        """The cell of this name, measured if it is not there; SystemExit where the time is up."""
-        if key not in self.found:
-            if time.time() >= self.until:
-                raise SystemExit(f"time is up before {key}; the same command goes on here.")
-            started = time.time()
-            self.found[key] = json.loads(json.dumps(measure()), parse_float=lambda text: round(float(text), 6))
-            if self.cache is not None:
-                with self.cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, **self.found[key]}) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {key} ({time.time() - started:.0f} s)", flush=True)
-        return self.found[key]
 
 
 def run(cells: Cells, shop: Workshop, seeds: int) -> None:

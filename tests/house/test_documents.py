@@ -34,7 +34,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from mixwright.backbones.tiny import tiny_backbone
 
     monkeypatch.chdir(tmp_path)
-    for name, family in (("my-backbone", "llama"), ("my-neox", "gpt_neox"), ("my-mamba", "mamba2")):
+    for name, family in (("my-backbone", "llama"), ("my-neox", "gpt_neox"), ("my-mamba", "mamba2"), ("my-vit", "vit")):
         tiny_backbone(family, seed=0).save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
     for seed, name in enumerate(("law", "code")):

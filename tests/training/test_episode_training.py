@@ -92,6 +92,14 @@ def test_a_dry_run_counts_one_episode_a_pass(folder: Path, tmp_path: Path) -> No
     assert report.plans[0].memory["activations"] > 0
 
 
+def test_a_dry_run_plans_new_tasks_after_meta_tuning(folder: Path, tmp_path: Path) -> None:
+    given = recipe(folder, tmp_path, domains={"strokes": "strokes.npz"}, new_tasks={"mine": "dots"})
+    report = mw.train(given, dry_run=True, quiet=True)
+    assert [plan.name for plan in report.plans] == ["meta-tune", "adapt"] and report.new_tasks == {"mine": 40}
+    assert [plan.examples_per_step for plan in report.plans] == [1, 1]
+    assert report.plans[1].memory["activations"] == 0
+
+
 def test_a_dry_run_reads_every_item(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "dots", tmp_path / "dots")
     whole = sorted((tmp_path / "dots").rglob("*.png"))[-1]

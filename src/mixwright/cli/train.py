@@ -103,7 +103,8 @@ def _show_plan(report: "TrainingReport") -> None:
     say = console().print
     for plan in report.plans:
         parts = (f"{name}: {count:,} at rate {rate:g}" for name, (count, rate) in plan.groups.items())
-        say(f"{plan.name} trains{' at most' if plan.at_most else ''} {'; '.join(parts)}", markup=False)
+        most = " at most" if plan.at_most and plan.groups else ""
+        say(f"{plan.name} trains{most} {'; '.join(parts) or 'no weight'}", markup=False)
         if plan.seconds_per_step is not None:
             hours = plan.steps * plan.seconds_per_step / 3600
             say(f"{plan.name}: about {hours:.2g} hours ({plan.seconds_per_step:.3g} s a step, by twenty of them)")
@@ -114,7 +115,7 @@ def _show_plan(report: "TrainingReport") -> None:
     examples = f"{report.examples} examples" if report.examples else f"{sum(report.new_tasks.values())} shots"
     say(f"{report.kind} model; {examples}{held_out}{longest}.")
     _say_tasks(report)
-    for plan in report.plans[:1]:
+    for plan in (plan for plan in report.plans[:1] if plan.sites):
         say(f"sites: {', '.join(plan.sites[:4])}{', ...' if len(plan.sites) > 4 else ''}")
     say("The data was read and checked. Nothing was trained. Activations are measured on one example and scaled up.")
 

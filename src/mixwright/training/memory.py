@@ -63,6 +63,8 @@ def _kept(model: nn.Module, stage: Stage, data: Batches) -> int:
     batch: object = data.collate(data.examples[:1]).to(device)
     wanted: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
     trained = {p for group in select_parameters(model, stage.groups) for p in group.values()}
+    if not trained:
+        return 0
     modes = {module: module.training for module in model.modules()}
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     try:

@@ -111,7 +111,9 @@ def plan(job: Job, stage: Stage, model: nn.Module, data: Batches) -> StagePlan:
         },
         at_most=stage.own_way is not None,
         sites=tuple(getattr(model, "mixtures", {})),
-        examples_per_step=(1 if job.domains else train.batch_size) * train.accumulate * process_state().num_processes,
+        examples_per_step=(1 if job.domains or job.supports else train.batch_size)
+        * train.accumulate
+        * process_state().num_processes,
         memory=estimate_bytes(model, stage, data),
         seconds_per_step=_timed(job, stage, model, data),
         cost=model.cost_text() if isinstance(model, ComposedModel) else "",
