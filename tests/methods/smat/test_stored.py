@@ -355,7 +355,9 @@ def test_a_saved_pool_goes_on_learning(tmp_path: Path) -> None:
 
 def test_the_card_says_what_the_pool_changes_and_what_it_was_tuned_on(tmp_path: Path) -> None:
     model = _model(experts=2)
-    model.whole.update(SeenTasks.of([torch.zeros(3), torch.ones(3), torch.ones(3)], ["birds", "<b>", "birds"]).tensors())
+    model.whole.update(
+        SeenTasks.of([torch.zeros(3), torch.ones(3), torch.ones(3)], ["birds", "<b>", "birds"]).tensors()
+    )
     model.save_pretrained(tmp_path / "pool")
     _, front, body = (tmp_path / "pool" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["tags"] == ["mixwright", "smat", "mixture-of-experts"]

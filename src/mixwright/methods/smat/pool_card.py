@@ -18,7 +18,12 @@ def pool_lines(model: "FewShotModel") -> list[str]:
 
 def _changes(model: "FewShotModel") -> list[str]:
     if not isinstance(model.mixture.experts, SparseDeltas):
-        return ["## What it changes", "", f"{len(model.experts)} dense changes of the weights, one for each expert.", ""]
+        return [
+            "## What it changes",
+            "",
+            f"{len(model.experts)} dense changes of the weights, one for each expert.",
+            "",
+        ]
     pool = pool_of(model)
     rows = [
         f"| {plain(name)} | {1 - density:.1%} | {fractional:.0%} |"
@@ -52,7 +57,7 @@ def _limits() -> list[str]:
     return [
         "## Where it may lose",
         "",
-        "Whether it beats the frozen backbone depends on the domain, and nothing here says so of yours: compare both on "
-        "labelled items (`mixwright explain this-folder --support examples --query held-out`: strength 0 is the frozen "
+        "Whether it beats the frozen backbone depends on the domain, and nothing here says so of yours: compare both "
+        "on labelled items (`mixwright explain this-folder --support examples --query held-out`: strength 0 is the frozen "
         "backbone). Sparsity saves room on disk; an adapted model runs neither faster nor slower than its backbone.",
     ]
