@@ -33,7 +33,7 @@ from benchmarks.hybrid_mad_models import (
     scores,
     trained,
 )
-from benchmarks.hybrid_mad_tables import report, summary
+from benchmarks.hybrid_mad_tables import COLUMNS, report, summary
 from benchmarks.record import surroundings, write_json
 from mixwright.data.mad import SMALL
 from mixwright.data.mad_tasks import MadTask
@@ -83,12 +83,19 @@ def best_rate(cells: Cells, task: str, arm: str, seed: int, steps: int) -> float
 
 
 def measure(
-    cells: Cells, task: MadTask, seed: int, arm: str, size: Size, rate: float, steps: Mapping[str, int], device: str
+    cells: Cells,
+    task: MadTask,
+    seed: int,
+    arm: str,
+    size: Size,
+    rate: float,
+    steps: Mapping[str, int],
+    device: str,
+    columns: Sequence[str] = tuple(COLUMNS),
 ) -> None:
-    """Train an arm for each number of steps that the cache lacks."""
-    wanted = sorted(
-        {n for n in steps.values() if not cells.find(task=task.name, seed=seed, arm=arm, rate=rate, steps=n)}
-    )
+    """Train an arm for each number of steps of these columns that the cache lacks."""
+    asked = {n for name, n in steps.items() if name in columns}
+    wanted = sorted(n for n in asked if not cells.find(task=task.name, seed=seed, arm=arm, rate=rate, steps=n))
     if not wanted:
         return
     began = time.process_time()
@@ -119,13 +126,14 @@ def run(
     *,
     tuning: int = TUNING,
     arms: Sequence[str] = ARMS,
+    columns: Sequence[str] = tuple(COLUMNS),
 ) -> None:
     """All arms of a task and a seed together; seeds one after another, that which chooses rates first."""
     for seed, task in ((seed, TASKS[name]) for seed in (tuning, *seeds) for name in tasks):
         for arm in arms:
             steps = horizons(arm, size, task)
-            for rate, columns in _rates(cells, task, arm, seed, tuning, steps):
-                measure(cells, task, seed, arm, size, rate, columns, device)
+            for rate, asked in _rates(cells, task, arm, seed, tuning, steps):
+                measure(cells, task, seed, arm, size, rate, asked, device, columns)
 
 
 def _rates(
@@ -151,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/hybrid_mad.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="those that are reported")
     parser.add_argument("--tuning-seed", type=int, default=TUNING, help="that which chooses learning rates")
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--device", default="cpu")
@@ -166,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = json.dumps([asdict(size), [str(task) for task in TASKS.values()], WEIGHTS_RATE])
     cells = Cells(args.cache, settings)
     if not args.report and not args.write:
-        run(cells, size, args.tasks, args.seeds, args.device, tuning=args.tuning_seed, arms=args.arms)
+        run(
+            cells, size, args.tasks, args.seeds, args.device,
+            tuning=args.tuning_seed, arms=args.arms, columns=args.columns,
+        )  # fmt: skip
         return
     known = sorted(cells.known, key=lambda cell: list(TASKS).index(cell["task"]))
     found = summary(known, args.seeds, args.tuning_seed)

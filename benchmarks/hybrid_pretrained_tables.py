@@ -182,9 +182,10 @@ def ablation_table(found: Found) -> str:
                 [kind]
                 + [_mean([r["align"][when] for r in runs], 3) for when in ("before", "after")]
                 + [_mean([statistics.mean(r["test"]) for r in runs], 4)]
-                + [str(runs[0]["parameters"])]
+                + [str(runs[0]["parameters"]), str(len(runs))]
             )
-    head = ["projectors", "general loss before alignment", "after", "target's test loss after tuning", "parameters"]
+    tuned = "target's test loss after tuning"
+    head = ["projectors", "general loss before alignment", "after", tuned, "parameters", "seeds"]
     return "\n".join(["#### Projectors, K=1, even weights", "", markdown(head, lines)])
 
 

@@ -168,18 +168,32 @@ class EpisodicModel(ComposedModel):
 
     def support_features(self, support: SupportSet) -> Float[Tensor, "shots width"]:
         """`frozen_features` of a support set. Raises ValueError where the backbone can't read its items."""
+        pristine = self._rollback.pristine() if self._rollback.depth else None
+        return self.checked_features(support.inputs, pristine, what="support")
+
+    def checked_features(
+        self,
+        inputs: Inputs,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        what: str = "query",
+        batch_size: int | None = None,
+    ) -> Float[Tensor, "items width"]:
+        """`settled_features`. Raises ValueError for no items, for items the backbone can't read, and for NaN."""
+        if not count(inputs):
+            raise ValueError(f"{what}: empty; expected one item or more.")
         try:
-            features = self.frozen_features(support.inputs)
+            features = self.settled_features(inputs, weights, batch_size=batch_size)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
-                f"support: the backbone, a {type(self.backbone).__name__}, cannot read items of {shapes_of(support)} "
+                f"{what}: the backbone, a {type(self.backbone).__name__}, cannot read items of {shapes_of(inputs)} "
                 f"({str(error).strip().splitlines()[0]}); bring them to its size."
             ) from error
         bad = (~features.isfinite()).any(1).nonzero()
         if len(bad):
-            raise ValueError(f"support: the backbone's features of item {int(bad[0])} are not finite.")
+            raise ValueError(f"{what}: the backbone's features of item {int(bad[0])} are not finite.")
         return features
 
     def settled_routing(self, support: Given) -> Routing:

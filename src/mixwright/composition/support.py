@@ -97,9 +97,8 @@ def _numbered(labels: Any) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([places[label] for label in listed], dtype=torch.long), tuple(names)
 
 
-def shapes_of(support: SupportSet) -> str:
-    """What its items look like, for messages."""
-    inputs: Inputs = support.inputs
+def shapes_of(inputs: Inputs) -> str:
+    """What items look like, for messages."""
     if isinstance(inputs, Tensor):
         return f"shape {tuple(inputs.shape[1:])}"
     return ", ".join(f"{name} {tuple(tensor.shape[1:])}" for name, tensor in inputs.items())

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mixwright as mw
+from mixwright.backbones.hf import build_backbone
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.data.episodes import Episode
 from mixwright.evaluation.calibration import HeldOut, leave_one_out
@@ -266,3 +267,44 @@ def test_a_classifier_is_remembered_in_its_model_and_saved_with_it(tmp_path: Pat
         assert again.predict(queries, **asked).tolist() == classifier.predict(queries, **asked).tolist()
     with pytest.raises(ValueError, match="no adaptation 'bees'"):
         FewShotClassifier.from_model(model, "bees")
+
+
+def test_queries_with_a_fault_are_named() -> None:
+    classifier = mw.FewShotClassifier(_pool()).fit(*_items())
+    queries, _ = _items(seed=1)
+    for wrong, said in (
+        (queries[:0], "query: empty"),
+        (queries[:, :, :9], "cannot read items of shape"),
+        (torch.cat([queries[:2], queries[:1] / 0]), "item 2 are not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            classifier.predict(wrong)
+
+
+@pytest.mark.parametrize("family", ["convnext", "clip", "convolutions", "bert", "bfloat16"])
+@pytest.mark.parametrize("adaptation", ["direct", "full"])
+def test_every_kind_of_backbone_is_classified_with_and_left_as_it_is(family: str, adaptation: Any) -> None:
+    torch.manual_seed(0)
+    items, names = _items()
+    given: Any = items
+    settings: dict[str, Any] = {}
+    if family == "convnext":
+        small = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16}
+        backbone = build_backbone("convnext", small, kind="encoder")
+    elif family == "clip":
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        backbone = build_backbone("clip_vision_model", {**small, "image_size": 16, "patch_size": 8}, kind="encoder")
+    elif family == "convolutions":
+        backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).train()
+        settings = {"feature_width": 8, "features": "mean"}
+    elif family == "bert":
+        backbone, ids = tiny_backbone("bert"), (items.flatten(1)[:, :9].abs() * 50).long() + 4
+        given = {"input_ids": ids.clamp_max(200), "attention_mask": torch.ones_like(ids)}
+    else:
+        backbone = tiny_backbone("vit").to(torch.bfloat16)
+    model = mw.compose("smat", backbone=backbone, experts=2, **settings)
+    before = tensor_digest(backbone)
+    classifier = mw.FewShotClassifier(model, adaptation=adaptation, rate=1e-3, steps=3).fit(given, names)
+    assert classifier.predict_proba(given).sum(1) == pytest.approx(1, abs=1e-5)
+    assert tensor_digest(backbone) == before and model.is_pristine()
+    assert bool(classifier.weights()) and classifier.score(given, names) > 0.5

@@ -310,7 +310,8 @@ class FewShotClassifier:
     def _cosines(self, inputs: Any) -> Tensor:
         self._fitted()
         read = placed(inputs, self._like, self.model.read)
-        return cosine_scores(self._features(read, self._weights), self._prototypes, 1.0).cpu()
+        features = self.model.checked_features(read, self._weights, batch_size=self.batch_size).float()
+        return cosine_scores(features, self._prototypes, 1.0).cpu()
 
 
 def rate_by_labelled_test_episodes(classifier: FewShotClassifier, episodes: Iterable[Episode]) -> float:
