@@ -58,6 +58,6 @@ def _limits() -> list[str]:
         "## Where it may lose",
         "",
         "Whether it beats the frozen backbone depends on the domain, and nothing here says so of yours: compare both "
-        "on labelled items (`mixwright explain this-folder --support examples --query held-out`: strength 0 is the frozen "
-        "backbone). Sparsity saves room on disk; an adapted model runs neither faster nor slower than its backbone.",
+        "on labelled items (`mixwright explain this-folder --support examples --query held-out`; strength 0 is the "
+        "frozen backbone). Sparsity saves room on disk; an adapted model runs no faster than its backbone.",
     ]
