@@ -1,12 +1,12 @@
 """The file of a pool of sparse interpolated experts against as many fine-tuned copies of its backbone.
 
     python -m benchmarks.pool_size [--experts 8] [--sparsity 0.9] [--layers 12]
-    python -m benchmarks.pool_size --report    # the table, from the stored result
+    python -m benchmarks.pool_size --report
 
-Shapes of a ViT-S/16 (21.7 M weights); copies in float32. Masks are drawn: *independent*, the worst case, and *alike*, by
-logits that share a part, so that two experts overlap as trained ones did (intersection over union 0.46 in the pilot of
-the method's notes). A mask that is not 0 costs more where it is not 1 either, and which share of them that is depends
-on training: it is given as three cases. What is written is what `save_pretrained` writes, router included.
+Shapes of a ViT-S/16 (21.7 M weights); copies in float32. Masks are drawn: *independent*, the worst case, and *alike*,
+by logits that share a part, so that two experts overlap as trained ones did (intersection over union 0.46 in the pilot
+of the method's notes). A mask that is not 0 costs more where it is not 1 either, and which share of them that is
+depends on training: it is given as three cases. What is written is what `save_pretrained` writes, router included.
 """
 
 import argparse

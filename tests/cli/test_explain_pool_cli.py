@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def _examples(path: Path, seed: int, items: int = 9) -> Path:
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("pool")
-    tiny_backbone("vit").save_pretrained(home / "backbone")
+    backbone: Any = tiny_backbone("vit")
+    backbone.save_pretrained(home / "backbone")
     model = mw.compose("smat", backbone=load_backbone(home / "backbone"), experts=3)
     assert isinstance(model, EpisodicModel)
     draw = torch.Generator().manual_seed(1)

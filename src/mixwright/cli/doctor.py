@@ -5,11 +5,14 @@ import platform
 import shutil
 import sys
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixwright.cli.output import Json, example, print_json, print_table
+
+if TYPE_CHECKING:
+    from mixwright.evaluation.fitness import Fitness
 
 _CORE = [
     "torch",
@@ -37,16 +40,29 @@ _EXTRAS = {
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    lines = ("mixwright doctor", "mixwright doctor my-catalog --json", "mixwright doctor --build")
+    lines = (
+        "mixwright doctor",
+        "mixwright doctor my-catalog --json",
+        "mixwright doctor my-vit",
+        "mixwright doctor --build",
+    )
     app.command("doctor", rich_help_panel="Look around", epilog=example(*lines))(doctor)
 
 
 def doctor(
-    catalog: Annotated[str | None, typer.Argument(metavar="[CATALOG]", help="Folder whose experts to check.")] = None,
+    catalog: Annotated[
+        str | None, typer.Argument(metavar="[CATALOG|MODEL]", help="A catalogue, whose experts to check, or a model.")
+    ] = None,
+    experts: Annotated[int, typer.Option("--experts", min=1, help="A model: sparse experts to count the cost of.")] = 8,
     build: Annotated[bool, typer.Option("--build", help="Compile the kernels now rather than on first use.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is installed, which fast paths run here, and whether a catalogue is healthy; exit code 1 on trouble."""
+    """Say what is installed, which fast paths run here, and whether a catalogue is healthy; exit code 1 on trouble.
+
+    Of a model, whether it is fit to have its weights chosen by few-shot examples: tied weights, norms, features, the
+    same bits twice and either way weights are replaced, and the memory and time of a pool of sparse experts on it.
+    """
+    model = _model(catalog, experts) if catalog and os.path.isfile(os.path.join(catalog, "config.json")) else None
     built, refused = _build() if build else (None, None)
     report: dict[str, Any] = {
         "python": platform.python_version(),
@@ -59,7 +75,8 @@ def doctor(
         "torch": _torch(),
         "paths": _paths(),
         "built": built,
-        "findings": _catalog(catalog) if catalog else None,
+        "findings": _catalog(catalog) if catalog and model is None else None,
+        "model": None if model is None else model.to_dict(),
     }
     troubles = [
         f"package {name} is missing: pip install mixwright" for name, has in report["packages"].items() if not has
@@ -69,13 +86,31 @@ def doctor(
     ]
     troubles += [text for level, text in findings if level == "error"]
     troubles += [f"the kernels were not built: {refused}"] if refused else []
+    troubles += [f"{one.name}: {one.text}" for one in model.findings if one.level == "bad"] if model else []
     report["warnings"] = [text for level, text in findings if level == "warning"]
     report["troubles"] = troubles
     if as_json:
         print_json(report)
     else:
         _print(report)
+        if model is not None:
+            _print_model(model)
     raise typer.Exit(1 if troubles else 0)
+
+
+def _model(folder: str, experts: int) -> "Fitness":
+    from mixwright.backbones.hf import load_backbone
+    from mixwright.evaluation.fitness import fitness
+
+    return fitness(load_backbone(folder), experts=experts)
+
+
+def _print_model(found: "Fitness") -> None:
+    from mixwright.evaluation.fitness import cost_lines
+
+    print_table(("looked at", "", "found"), [(one.name, one.level, one.text) for one in found.findings])
+    print_table((f"{found.experts} sparse experts", "cost"), cost_lines(found))
+    print(f"{found.architecture} ({found.library}) is {found.verdict} for few-shot adaptation.")
 
 
 def _version(name: str) -> str | None:

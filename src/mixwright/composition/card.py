@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from mixwright.composition.saving import StoredComposition
 
 
-def card_text(stored: "StoredComposition", composition: "Composition") -> str:
+def card_text(stored: "StoredComposition", composition: "Composition", described: Sequence[str] = ()) -> str:
     """The text of README.md: hub metadata, the parts with their licences, how to load it, what to cite.
+
+    `described`: what a model says of itself (`ComposedModel.card_lines`), where its experts are of its own making.
 
     A composition whose experts were trained in it, on named tasks, lists these tasks; it has no experts of a catalogue.
     """
@@ -23,7 +25,7 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
     counted = f"{plain(stored.method)}: {len(tasks)} tasks" if tasks else f"{len(stored.pool)} experts"
     count = plain(stored.method) if unnamed else counted
     lines = [
-        f"---\n{write_yaml(_metadata(stored, experts))}---",
+        f"---\n{write_yaml(_metadata(stored, experts, own=bool(described)))}---",
         "",
         f"# {count} on {plain(name)}",
         "",
@@ -37,6 +39,7 @@ def card_text(stored: "StoredComposition", composition: "Composition") -> str:
         *_with_task(tasks),
         "```",
         "",
+        *described,
         *(_tasks_text(stored, tasks) if tasks else ()),
         *(_experts_text(experts) if experts else ()),
         *(_unnamed_text(stored) if unnamed else ()),
@@ -144,14 +147,14 @@ def _on_hub(path: str) -> dict[str, Any]:
     return {"base_model": path, "base_model_relation": "adapter"}
 
 
-def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    own = _own_licence(stored)
-    licences = {str(expert.get("licence") or "unknown") for expert in experts} | ({own} if own else set[str]())
+def _metadata(stored: "StoredComposition", experts: Sequence[Mapping[str, Any]], own: bool) -> dict[str, Any]:
+    said = _own_licence(stored)
+    licences = {str(expert.get("licence") or "unknown") for expert in experts} | ({said} if said else set[str]())
     metadata: dict[str, Any] = {
         "library_name": "mixwright",
-        "tags": ["mixwright", stored.method, "mixture-of-experts", *(["lora"] if stored.pool else [])],
+        "tags": ["mixwright", stored.method, "mixture-of-experts", *(["lora"] if stored.pool and not own else [])],
     }
-    if licences or (stored.pool and not _tasks(stored)):
+    if licences or (stored.pool and not own and not _tasks(stored)):
         metadata["license"] = licences.pop().lower() if len(licences) == 1 else "other"
     return metadata | _on_hub(stored.backbone.path)
 

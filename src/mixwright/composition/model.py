@@ -263,6 +263,10 @@ class ComposedModel(nn.Module):
         """What `save_pretrained` writes, so that it may be trained."""
         return list(self.added_state().values())
 
+    def card_lines(self) -> list[str]:
+        """What it says of itself on its card, in Markdown, where its experts are of its own making."""
+        return []
+
     def cost_text(self) -> str:
         """What it costs to run, in lines for people who are about to train it; empty where the backbone is all."""
         return ""

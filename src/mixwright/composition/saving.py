@@ -122,7 +122,7 @@ def write_files(model: "ComposedModel", folder: Path) -> None:
     write_new(folder / COMPOSITION, write_yaml(_encoded(stored)).encode())
     write_new(folder / LOCK, render(_lock(model, folder)))
     card = components_card(stored, model.composition, ledger) if stored.components else None
-    write_new(folder / CARD, (card or card_text(stored, model.composition)).encode())
+    write_new(folder / CARD, (card or card_text(stored, model.composition, model.card_lines())).encode())
 
 
 def _write_components(model: "ComposedModel", stored: StoredComposition, ledger: Ledger, folder: Path) -> None:

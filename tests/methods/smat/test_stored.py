@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mixwright as mw
 from mixwright.backbones.tiny import tiny_backbone
+from mixwright.composition.seen_tasks import SeenTasks
 from mixwright.errors import CatalogError, IncompatibleExpert
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
@@ -350,3 +351,19 @@ def test_a_saved_pool_goes_on_learning(tmp_path: Path) -> None:
     assert bool((change.grad[(logits > DEAD).any(0)] != 0).any())
     assert bool((change.grad[(logits == -LIMIT).all(0)] == 0).all())
     assert bool((logits.grad != 0).any()) and again.router.keys.grad is not None
+
+
+def test_the_card_says_what_the_pool_changes_and_what_it_was_tuned_on(tmp_path: Path) -> None:
+    model = _model(experts=2)
+    model.whole.update(
+        SeenTasks.of([torch.zeros(3), torch.ones(3), torch.ones(3)], ["birds", "<b>", "birds"]).tensors()
+    )
+    model.save_pretrained(tmp_path / "pool")
+    _, front, body = (tmp_path / "pool" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["tags"] == ["mixwright", "smat", "mixture-of-experts"]
+    for m, share in enumerate(model.sparsity().tolist()):
+        assert f"| expert-{m} | {share:.1%} |" in body
+    assert "- birds: 2 tasks remembered" in body and "- &lt;b>: 1 tasks remembered" in body
+    assert "2 experts over 22,496 weights" in body and "## Where it may lose" in body
+    _model(experts=2).save_pretrained(tmp_path / "plain")
+    assert "Not recorded" in (tmp_path / "plain" / "README.md").read_text()

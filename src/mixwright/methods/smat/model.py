@@ -120,6 +120,12 @@ class FewShotModel(EpisodicModel):
         write = sparse_adapter.export_peft if sparse else exporting.export_folder
         return write(self, support, Path(folder), strength)
 
+    def card_lines(self) -> list[str]:
+        """What the pool changes, and what it was tuned on."""
+        from mixwright.methods.smat.pool_card import pool_lines
+
+        return pool_lines(self)
+
     def num_added_parameters(self) -> int:
         """Numbers that are trained: router, shared change, masks, multipliers."""
         return sum(tensor.numel() for tensor in self.kept_tensors())

@@ -1,0 +1,63 @@
+"""What the card of a pool says: what it changes and how sparsely, what it was tuned on, what is not known of it."""
+
+from typing import TYPE_CHECKING
+
+from mixwright.composition.card import plain
+from mixwright.composition.seen_tasks import SeenTasks
+from mixwright.evaluation.pool import pool_of
+from mixwright.experts.sparse_deltas import SparseDeltas
+
+if TYPE_CHECKING:
+    from mixwright.methods.smat.model import FewShotModel
+
+
+def pool_lines(model: "FewShotModel") -> list[str]:
+    """Markdown; counted, not promised."""
+    return [*_changes(model), *_tuned_on(model), *_limits(), ""]
+
+
+def _changes(model: "FewShotModel") -> list[str]:
+    if not isinstance(model.mixture.experts, SparseDeltas):
+        return [
+            "## What it changes",
+            "",
+            f"{len(model.experts)} dense changes of the weights, one for each expert.",
+            "",
+        ]
+    pool = pool_of(model)
+    rows = [
+        f"| {plain(name)} | {1 - density:.1%} | {fractional:.0%} |"
+        for name, density, fractional in zip(pool.experts, pool.density, pool.fractional, strict=True)
+    ]
+    return [
+        "## What it changes",
+        "",
+        f"{len(pool.experts)} experts over {pool.weights:,} weights of the backbone. Together they touch "
+        f"{pool.union:.1%}; every other weight is the pretrained one to the bit, and so are all at strength 0.",
+        "",
+        "| expert | leaves as pretrained | of its masks, neither 0 nor 1 |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "The pool is bound to its backbone by the SHA-256 of every tensor: another one is refused.",
+        "",
+    ]
+
+
+def _tuned_on(model: "FewShotModel") -> list[str]:
+    seen = SeenTasks.read(model.whole)
+    if seen is None:
+        return ["## What it was tuned on", "", "Not recorded: it remembers no tasks of its meta-tuning.", ""]
+    counts = [int((seen.domains == at).sum()) for at in range(len(seen.names))]
+    listed = [f"- {plain(name)}: {count} tasks remembered" for name, count in zip(seen.names, counts, strict=True)]
+    return ["## What it was tuned on", "", *listed, ""]
+
+
+def _limits() -> list[str]:
+    return [
+        "## Where it may lose",
+        "",
+        "Whether it beats the frozen backbone depends on the domain, and nothing here says so of yours: compare both "
+        "on labelled items (`mixwright explain this-folder --support examples --query held-out`; strength 0 is the "
+        "frozen backbone). Sparsity saves room on disk; an adapted model runs no faster than its backbone.",
+    ]
