@@ -15,6 +15,7 @@ Bars: `mixwright` at most half of `autograd`'s memory, and no slower.
 """
 
 import argparse
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -151,8 +152,12 @@ def measured(size: str, rounds: int, cpu: bool) -> dict[str, object]:
         memory[name] = peak_bytes(_forgotten(pool, run)) + (0 if name == BARE else held)
     step = summary(alternate(runs, rounds=rounds, slow=60.0, cpu=cpu), AUTOGRAD)
     pool.forget()
+    pool.deltas.eval()
+    whole = copy.deepcopy(pool.deltas)
+    whole.binarise()
     merges = {
-        "merge": pool.merged, "merge, torch alone": _alone(pool.merged), "merge, autograd's form": pool.merged_plainly,
+        "merge": pool.merged, "merge, masks of 0 and 1": lambda: pool.merged(whole), "switch": pool.switching(),
+        "merge, torch alone": _alone(pool.merged), "merge, autograd's form": pool.merged_plainly,
         FORWARD: pool.forward,
     }  # fmt: skip
     merge = summary(alternate(merges, rounds=rounds, slow=60.0, cpu=cpu), FORWARD)

@@ -86,13 +86,13 @@ def program_from_mad(
 
     Roberts et al. 2024, programming from MAD. Of each component its config alone is used, cut down to tiny, or as it is
     without `shrink`; its vocabulary is the task's. `config` holds the search and its rates; by default the paper's
-    DARTS, whose embedding and head have block 0's weights, at a rate of 2e-3 for the rest. Of components that can't
+    DARTS, whose embedding and head have block 0's weights, at .1, the rest at 2e-3. Of components that can't
     read `context` tokens the weight is 0 and nothing is trained.
 
     Raises ValueError for a task, a search or components that this can't be done with.
     """
     settings = replace(
-        config or ManticoreConfig(rows="block", learning_rate=2e-3, weights_learning_rate=0.01),
+        config or ManticoreConfig(rows="block", learning_rate=2e-3, weights_learning_rate=0.1),
         num_blocks=num_blocks, names=None, mixture_weights=None, weights="static",
     )  # fmt: skip
     _check(settings, tasks, steps, seeds)
