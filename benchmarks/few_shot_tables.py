@@ -113,7 +113,8 @@ def dial(cells: Cells) -> str:
         return ""
     base = named[PRETRAINED]
     points = {name: scores for name, scores in named.items() if name != PRETRAINED}
-    points |= {name.replace("|", " at "): scores for name, scores in found(cells, "dial").items()}
+    dialled = {name.replace("SMAT|", "SMAT, uniform mixture|"): scores for name, scores in found(cells, "dial").items()}
+    points |= {name.replace("|", " at "): scores for name, scores in dialled.items()}
     places = {
         name: tuple(mean(scores, domains, base).value for domains in GROUPS.values()) for name, scores in points.items()
     }
