@@ -16,10 +16,8 @@ Bars: `mixwright` at most half of `autograd`'s memory, and no slower.
 
 import argparse
 import copy
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +25,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTModel
 
+from benchmarks.kernel_setting import kernels_set
 from benchmarks.timing import alternate, machine, peak_bytes, show, summary, write
 from mixwright.composition.rollback import Rollback
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
-from mixwright.ops import kernels
 from mixwright.ops.hard_concrete import BETA, GAMMA, ZETA
 from mixwright.routing import Routing
 
@@ -73,7 +71,7 @@ class Pool:
         self.loss(self.deltas.onto(self.theta, Routing(self.weights, EXPERTS))).backward()
 
     def alone(self) -> None:
-        with without_kernels():
+        with kernels_set("off"):
             self.ours()
 
     def autograd(self) -> None:
@@ -114,19 +112,6 @@ class Pool:
     @torch.no_grad()
     def forward(self) -> Tensor:
         return self.backbone(self.support).last_hidden_state
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    before = os.environ.get(kernels.SETTING)
-    os.environ[kernels.SETTING] = "off"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[kernels.SETTING]
-        else:
-            os.environ[kernels.SETTING] = before
 
 
 def check(pool: Pool) -> None:
@@ -192,7 +177,7 @@ def _forgotten(pool: Pool, run: Callable[[], None]) -> Callable[[], None]:
 
 def _alone(run: Callable[[], object]) -> Callable[[], object]:
     def alone() -> object:
-        with without_kernels():
+        with kernels_set("off"):
             return run()
 
     return alone

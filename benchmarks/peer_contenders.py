@@ -1,18 +1,16 @@
 """PEER-pytorch and ours on the same weights, in their forms: as they come, in plain torch, with their optimisers."""
 
 import gc
-import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kernel_setting import kernels_set
 from mixwright.experts.table import NeuronTable
 from mixwright.methods.peer.layer import PEER
-from mixwright.ops import kernels
 from mixwright.routing import Condition
 
 HEADS, TOP_K, HALF = 8, 16, 128
@@ -126,23 +124,10 @@ def off(run: Callable[[], object]) -> Callable[[], object]:
     """The same in plain torch."""
 
     def plain() -> object:
-        with _setting("off"):
+        with kernels_set("off"):
             return run()
 
     return plain
-
-
-@contextmanager
-def _setting(value: str) -> Any:
-    before = os.environ.get(kernels.SETTING)
-    os.environ[kernels.SETTING] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[kernels.SETTING]
-        else:
-            os.environ[kernels.SETTING] = before
 
 
 def resident(name: str) -> int:

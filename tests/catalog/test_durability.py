@@ -273,8 +273,10 @@ def test_readers_never_see_half_a_change(tmp_path: Path, specimen: Any) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        seen = set()
-        for _ in range(60):
+        seen, reads = set[int](), 0
+        while reads < 60 or len(seen) < 4:  # however slow the writer is
+            assert writer.is_alive()
+            reads += 1
             expert = Catalog(tmp_path / "catalogue").expert("x")
             if expert.gates is not None:
                 turn = expert.card.quality["turn"]
@@ -283,7 +285,6 @@ def test_readers_never_see_half_a_change(tmp_path: Path, specimen: Any) -> None:
     finally:
         stop.set()
         writer.join()
-    assert len(seen) > 3
 
 
 def test_a_folder_that_was_moved_aside_comes_back(

@@ -89,7 +89,7 @@ def test_the_chance_of_overlap_is_what_independent_masks_have() -> None:
     off = ~torch.eye(3, dtype=torch.bool)
     torch.testing.assert_close(found.iou[off], found.chance[off], atol=4e-3, rtol=0)
     assert found.chance[0, 1].item() == pytest.approx(0.0526, abs=4e-3)
-    assert found.fractional == 0
+    assert not found.fractional.any()
 
 
 def test_after_a_step_logits_are_within_their_limits() -> None:
@@ -171,7 +171,7 @@ def test_binarised_masks_are_whole_and_one_expert_that_is_binary_is_unchanged() 
     served = deltas.onto(theta, routing(0.2, 0.5, 0.3))
     deltas.binarise()
     assert all(torch.equal(deltas.onto(theta, routing(0.2, 0.5, 0.3))[name], served[name]) for name in SHAPES)
-    assert overlap(deltas).fractional == 0
+    assert not overlap(deltas).fractional.any()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixwright.composition.episodic import EpisodicModel
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
+from mixwright.experts.overlap import overlap
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.routing import Routing
 
@@ -95,20 +96,16 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
     mixtures = known | dict(tasks or {})
     even = Routing(torch.full((len(model.experts),), 1 / len(model.experts)), len(model.experts))
     at = even if shown is None else mixtures[shown]
-    both, union, inside = _counts(deltas)
-    total, live = deltas.num_weights, both.diagonal()
-    density = live / total
-    apart = live[:, None] + live[None] - both
-    chance = density[:, None] * density[None]
+    found = overlap(deltas)
     return Pool(
         experts=model.experts,
-        weights=total,
-        density=_row(density),
-        fractional=_row(inside / live.clamp_min(1)),
-        union=union / total,
+        weights=deltas.num_weights,
+        density=_row(found.density),
+        fractional=_row(found.fractional / found.density.clamp_min(1e-12)),
+        union=found.union,
         cells=_cells(deltas),
-        overlap=_rows(both / apart.clamp_min(1)),
-        chance=_rows(chance / (density[:, None] + density[None] - chance).clamp_min(1e-12)),
+        overlap=_rows(found.iou),
+        chance=_rows(found.chance),
         tensors=_tensors(model, deltas, at),
         mixture="every expert alike" if shown is None else shown,
         tasks=_tasks(mixtures),
@@ -118,20 +115,6 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
             "config": dict(model.composition.config),
         },
     )
-
-
-def _counts(deltas: SparseDeltas) -> tuple[Tensor, int, Tensor]:
-    """Weights that two experts both change, that any does, and that each does in part."""
-    both = torch.zeros(deltas.num_experts, deltas.num_experts, dtype=torch.float64)
-    inside = torch.zeros(deltas.num_experts, dtype=torch.float64)
-    union = 0
-    for name in deltas.names:
-        masks, each = _units(deltas, name)
-        live = (masks > 0).float()
-        both += (live @ live.T).double() * each
-        union += int((live.sum(0) > 0).sum()) * each
-        inside += ((masks > 0) & (masks < 1)).sum(1).double() * each
-    return both, union, inside
 
 
 def _units(deltas: SparseDeltas, name: str) -> tuple[Tensor, int]:

@@ -16,14 +16,14 @@ class Overlap(NamedTuple):
     """Shares of all weights. `density` (experts,): not masked out. `union`: by all of them at once, none left out.
 
     `iou` (experts, experts): |i and j| / |i or j|, and `chance`: p q / (p + q - p q), what independent masks of these
-    densities would have. `fractional`: masks that are neither 0 nor 1, of all masks.
+    densities would have. `fractional` (experts,): masked in part, neither 0 nor 1.
     """
 
     density: Float[Tensor, " experts"]
     union: float
     iou: Float[Tensor, "experts experts"]
     chance: Float[Tensor, "experts experts"]
-    fractional: float
+    fractional: Float[Tensor, " experts"]
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def overlap(deltas: SparseDeltas, names: tuple[str, ...] | None = None) -> Overl
     """Over every weight that may change, or over those of the parameters in `names`."""
     device = deltas.multipliers.device
     shared = torch.zeros((deltas.num_experts, deltas.num_experts), dtype=torch.float64, device=device)
-    either, between, total = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    between = torch.zeros(deltas.num_experts, dtype=torch.float64, device=device)
+    either, total = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
     for name in deltas.names if names is None else names:
         logits, delta = (part[name.replace(".", "/")] for part in (deltas.logits, deltas.delta))
         rows = logits.reshape(deltas.num_experts, -1)
@@ -41,7 +42,7 @@ def overlap(deltas: SparseDeltas, names: tuple[str, ...] | None = None) -> Overl
             acting = (chunk.float() > DEAD).float()
             shared += width * (acting @ acting.T).double()
             either += width * (acting.amax(0).sum().double() if chunk.shape[1] else 0.0)
-            between += width * ((chunk.float().abs() < -DEAD).sum().double())
+            between += width * (chunk.float().abs() < -DEAD).sum(1).double()
     density = shared.diagonal() / total.clamp_min(1)
     p, q = density[:, None], density[None, :]
     least = torch.finfo(torch.float64).tiny
@@ -51,5 +52,5 @@ def overlap(deltas: SparseDeltas, names: tuple[str, ...] | None = None) -> Overl
         union=float(either / total.clamp_min(1)),
         iou=(shared / (ones[:, None] + ones[None, :] - shared).clamp_min(least)).float(),
         chance=(p * q / (p + q - p * q).clamp_min(least)).float(),
-        fractional=float(between / (total * deltas.num_experts).clamp_min(1)),
+        fractional=(between / total.clamp_min(1)).float(),
     )

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import mixwright as mw
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.errors import CatalogError
 from mixwright.methods.smat.exporting import ExportedPool
@@ -18,18 +17,11 @@ from mixwright.ops.digest import tensor_digest
 from mixwright.ops.hard_concrete import LIMIT
 from mixwright.routing import Routing, SupportSet
 
+from .pools import fresh_pool, moved
 
-def _model(backbone: nn.Module | None = None, **config: Any) -> FewShotModel:
-    settings: dict[str, Any] = {"experts": 3, **config}
-    model = mw.compose("smat", backbone=backbone or tiny_backbone("vit"), **settings)
-    assert isinstance(model, FewShotModel)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for delta in model.deltas.delta.values():
-            delta.copy_(torch.randn(delta.shape, generator=draw) * 0.1)
-        for logits in model.deltas.logits.values():
-            logits.copy_((torch.randn(logits.shape, generator=draw) * 2 - 3).clamp(-LIMIT, LIMIT))
-    return model.eval()
+
+def _model(backbone: nn.Module | str = "vit", **config: Any) -> FewShotModel:
+    return moved(fresh_pool(backbone, **config), spread=2.0, middle=-3.0)
 
 
 def _support(dtype: torch.dtype = torch.float32) -> SupportSet:

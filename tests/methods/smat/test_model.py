@@ -1,7 +1,6 @@
 """The pool around a backbone: what it computes, and that it can be taken back."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,21 +12,7 @@ from mixwright.methods.smat.model import FewShotModel
 from mixwright.ops.digest import tensor_digest
 from mixwright.routing import Condition, Routing, SupportSet
 
-
-def _model(family: str = "vit", **config: Any) -> FewShotModel:
-    model = mw.compose("smat", backbone=tiny_backbone(family), experts=3, **config)
-    assert isinstance(model, FewShotModel)
-    return model
-
-
-def _trained(model: FewShotModel) -> FewShotModel:
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for delta in model.deltas.delta.values():
-            delta.copy_(torch.randn(delta.shape, generator=draw) * 0.1)
-        for logits in model.deltas.logits.values():
-            logits.copy_(torch.randn(logits.shape, generator=draw) * 4)
-    return model
+from .pools import fresh_pool, moved
 
 
 def _support(ways: int = 3, shots: int = 2, seed: int = 0) -> SupportSet:
@@ -40,14 +25,14 @@ def _queries() -> Tensor:
 
 
 def test_a_fresh_pool_acts_as_its_backbone() -> None:
-    model, x = _model(), _queries()
+    model, x = fresh_pool(), _queries()
     plain = tiny_backbone("vit")(x).last_hidden_state
     assert torch.equal(model(x, condition=Condition(support=_support())).last_hidden_state, plain)
     assert torch.equal(model(x).last_hidden_state, plain)
 
 
 def test_adapting_in_place_equals_a_pass_under_the_support_and_is_taken_back_to_the_bit() -> None:
-    model, x, support = _trained(_model()), _queries(), _support()
+    model, x, support = moved(fresh_pool()), _queries(), _support()
     before = tensor_digest(model.backbone)
     functional = model(x, condition=Condition(support=support)).last_hidden_state
     with pytest.raises(RuntimeError, match="inside"), model.adapted(support):
@@ -60,14 +45,14 @@ def test_adapting_in_place_equals_a_pass_under_the_support_and_is_taken_back_to_
 
 
 def test_strength_zero_is_the_pretrained_model_to_the_bit() -> None:
-    model = _trained(_model())
+    model = moved(fresh_pool())
     before = tensor_digest(model.backbone)
     with model.adapted(_support(), strength=0.0):
         assert tensor_digest(model.backbone) == before
 
 
 def test_the_mixture_does_not_depend_on_the_order_of_examples_or_classes() -> None:
-    model, support = _trained(_model()).eval(), _support(ways=4)
+    model, support = moved(fresh_pool()).eval(), _support(ways=4)
     weights = model.routing(support).weights
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     shuffled = SupportSet(support.inputs[order], support.labels[order])
@@ -79,7 +64,7 @@ def test_the_mixture_does_not_depend_on_the_order_of_examples_or_classes() -> No
 
 
 def test_experts_can_be_forbidden_and_forced() -> None:
-    model = _trained(_model()).eval()
+    model = moved(fresh_pool()).eval()
     model.set_active(["expert-0", "expert-2"])
     assert model.routing(_support()).weights[1] == 0
     model.set_active(None)
@@ -91,13 +76,13 @@ def test_a_callable_gives_the_features() -> None:
     def firsts(model: nn.Module, inputs: Tensor) -> Tensor:
         return model(inputs).last_hidden_state[:, 1]
 
-    model = _trained(_model(features=firsts))
+    model = moved(fresh_pool(features=firsts))
     assert model.composition.config["features"] == "custom"
     assert model.features(_queries()).shape == (4, 32)
 
 
 def test_saving_and_loading_gives_the_same_weights(tmp_path: Path) -> None:
-    model, support = _trained(_model()).eval(), _support()
+    model, support = moved(fresh_pool()).eval(), _support()
     model.save_pretrained(tmp_path / "pool")
     again = mw.load(tmp_path / "pool", backbone=tiny_backbone("vit"))
     assert isinstance(again, FewShotModel)
@@ -125,7 +110,7 @@ def test_checkpointed_layers_run_again_under_the_weights_of_their_own_pass(famil
     items = _support().inputs if family == "vit" else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = []
     for checkpointed in (False, True):
-        model = _trained(_model(family)).train()
+        model = moved(fresh_pool(family)).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
         runs = _runs(model)

@@ -25,22 +25,18 @@ from mixwright.ops.bits import pack_bits, unpack_bits
 from mixwright.ops.hard_concrete import DEAD, LIMIT, mask
 from mixwright.routing import SupportSet
 
+from .pools import fresh_pool, moved
+
 PACKED = "backbone.experts.packed."
 
 
 def _model(**config: Any) -> FewShotModel:
-    settings: dict[str, Any] = {"experts": 8, **config}
-    model = mw.compose("smat", backbone=tiny_backbone("vit"), **settings)
-    assert isinstance(model, FewShotModel)
-    draw = torch.Generator().manual_seed(1)
+    model = moved(fresh_pool(**{"experts": 8, **config}), spread=2.0, middle=-2.0)
     with torch.no_grad():
-        for delta in model.deltas.delta.values():
-            delta.copy_(torch.randn(delta.shape, generator=draw) * 0.1)
-        for logits in model.deltas.logits.values():
-            logits.copy_((torch.randn(logits.shape, generator=draw) * 2 - 2).clamp(-LIMIT, LIMIT))
-        model.deltas.multipliers.copy_(torch.rand(model.deltas.num_experts, generator=draw))
+        multipliers = torch.rand(model.deltas.num_experts, generator=torch.Generator().manual_seed(1))
+        model.deltas.multipliers.copy_(multipliers)
         model.router.temperature.fill_(0.5)
-    return model.eval()
+    return model
 
 
 def _support(seed: int = 0) -> SupportSet:

@@ -22,18 +22,11 @@ from mixwright.methods.smat.model import FewShotModel
 from mixwright.ops.digest import tensor_digest
 from mixwright.routing import Condition, Routing, SupportSet
 
+from .pools import fresh_pool, moved
 
-def pool(family: str | nn.Module = "vit", **config: Any) -> FewShotModel:
-    backbone = tiny_backbone(family) if isinstance(family, str) else family
-    model = mw.compose("smat", backbone=backbone, experts=3, **config)
-    assert isinstance(model, FewShotModel)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for delta in model.deltas.delta.values():
-            delta.copy_(torch.randn(delta.shape, generator=draw) * 0.1)
-        for logits in model.deltas.logits.values():
-            logits.copy_(torch.randn(logits.shape, generator=draw) * 4)
-    return model.eval()
+
+def pool(backbone: str | nn.Module = "vit", **config: Any) -> FewShotModel:
+    return moved(fresh_pool(backbone, **config))
 
 
 def images(count: int = 6, seed: int = 0, size: int = 16) -> Tensor:

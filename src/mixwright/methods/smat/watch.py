@@ -53,7 +53,7 @@ class Watch:
             numbers |= {"sparsity.min": float(sparsity.min()), "sparsity.mean": float(sparsity.mean())}
             numbers |= {"multiplier.max": float(multipliers.max()), "multiplier.mean": float(multipliers.mean())}
             found = overlap(model.deltas)
-            numbers["masks.fractional"] = found.fractional
+            numbers["masks.fractional"] = float(found.fractional.mean())
             if len(sparsity) > 1:
                 numbers["experts.overlap"] = _excess(found)
         if self.config.routes and self.seen:
