@@ -65,9 +65,7 @@ class EpisodicModel(ComposedModel):
         support = (condition or self._given).support
         with self.under(self._condition(condition, task_ids)):
             if not self.channel.enabled:
-                return self._under(
-                    self._rollback.pristine() if self._rollback.depth else {}, self.backbone, args, kwargs
-                )
+                return self._under(self._overwritten(), self.backbone, args, kwargs)
             weights = {} if support is None else self.weights_for(self.routing(support))
             return self._under(weights, self.backbone, args, kwargs)
 
@@ -88,11 +86,13 @@ class EpisodicModel(ComposedModel):
         """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
         return self._rollback.pristine()
 
+    def _overwritten(self) -> dict[str, Tensor]:
+        """The pretrained parameters where something was committed over them; none where they stand as they are."""
+        return self._rollback.pristine() if self._rollback.depth else {}
+
     def frozen_features(self, inputs: Inputs, *, batch_size: int | None = None) -> Float[Tensor, "items width"]:
         """Features under the pretrained weights, in evaluation, without gradients."""
-        return self.settled_features(
-            inputs, self._rollback.pristine() if self._rollback.depth else None, batch_size=batch_size
-        )
+        return self.settled_features(inputs, self._overwritten(), batch_size=batch_size)
 
     def routing(self, support: SupportSet, features: Float[Tensor, "shots width"] | None = None) -> Routing:
         """How much each expert counts for a support set; `features`: its frozen features, where they are known."""
@@ -168,8 +168,7 @@ class EpisodicModel(ComposedModel):
 
     def support_features(self, support: SupportSet) -> Float[Tensor, "shots width"]:
         """`frozen_features` of a support set. Raises ValueError where the backbone can't read its items."""
-        pristine = self._rollback.pristine() if self._rollback.depth else None
-        return self.checked_features(support.inputs, pristine, what="support")
+        return self.checked_features(support.inputs, self._overwritten(), what="support")
 
     def checked_features(
         self,

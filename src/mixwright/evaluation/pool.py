@@ -121,7 +121,7 @@ def _units(deltas: SparseDeltas, name: str) -> tuple[Tensor, int]:
     """Masks (experts, units), and how many weights a unit holds."""
     masks = deltas.masks(name).cpu()
     masks = masks.reshape(len(masks), -1)
-    return masks, deltas.delta[name.replace(".", "/")].numel() // max(1, masks.shape[1])
+    return masks, deltas.change_of(name).numel() // max(1, masks.shape[1])
 
 
 def _cells(deltas: SparseDeltas) -> tuple[PoolCell, ...]:
@@ -149,7 +149,7 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tu
     found: list[PoolTensor] = []
     for name in deltas.names:
         masks, each = _units(deltas, name)
-        delta = deltas.delta[name.replace(".", "/")].detach().cpu().float().reshape(-1, each)
+        delta = deltas.change_of(name).detach().cpu().float().reshape(-1, each)
         moved = (weights.to(masks.dtype) @ masks)[:, None] * delta
         size = float(base[name].detach().float().norm())
         if size == 0:

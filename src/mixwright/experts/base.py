@@ -60,3 +60,8 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def norms(self) -> Float[Tensor, " experts"]:
         """How far each expert alone, at weight 1, moves the parameters: |delta_e|."""
+
+
+def key_of(name: str) -> str:
+    """A parameter's name as a key of `nn.ParameterDict`, which takes no dots."""
+    return name.replace(".", "/")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.experts.base import AbstractDeltas
+from mixwright.experts.base import AbstractDeltas, key_of
 from mixwright.routing import Routing
 
 
@@ -23,13 +23,13 @@ class DenseDeltas(AbstractDeltas):
         self.num_experts = num_experts
         self.names = tuple(shapes)
         self.delta = nn.ParameterDict(
-            {name.replace(".", "/"): torch.zeros(num_experts, *shape) for name, shape in shapes.items()}
+            {key_of(name): torch.zeros(num_experts, *shape) for name, shape in shapes.items()}
         )
 
     def forward(self, routing: Routing) -> dict[str, Tensor]:
         """sum_m w_m delta_m by name."""
         weights = routing.dense()
-        changes = {name: self.delta[name.replace(".", "/")] for name in self.names}
+        changes = {name: self.delta[key_of(name)] for name in self.names}
         return {
             name: torch.einsum("m, m ... -> ...", weights.to(delta.dtype), delta) for name, delta in changes.items()
         }

@@ -34,7 +34,7 @@ def overlap(deltas: SparseDeltas, names: tuple[str, ...] | None = None) -> Overl
     between = torch.zeros(deltas.num_experts, dtype=torch.float64, device=device)
     either, total = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
     for name in deltas.names if names is None else names:
-        logits, delta = (part[name.replace(".", "/")] for part in (deltas.logits, deltas.delta))
+        logits, delta = deltas.logits_of(name), deltas.change_of(name)
         rows = logits.reshape(deltas.num_experts, -1)
         width = delta.numel() / max(rows.shape[1], 1)
         total += delta.numel()

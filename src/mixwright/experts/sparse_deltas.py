@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixwright.experts.base import AbstractDeltas
+from mixwright.experts.base import AbstractDeltas, key_of
 from mixwright.experts.members import Members
 from mixwright.ops.hard_concrete import LIMIT, expected_l0, hard_count, mask
 from mixwright.ops.interpolate import interpolate
@@ -46,10 +46,10 @@ class SparseDeltas(AbstractDeltas):
         draw = torch.Generator().manual_seed(seed)
         self.num_experts, self.noise, self.regrowth = num_experts, noise, regrowth
         self.names = tuple(shapes)
-        self.delta = nn.ParameterDict({_key(name): torch.zeros(shape) for name, shape in shapes.items()})
+        self.delta = nn.ParameterDict({key_of(name): torch.zeros(shape) for name, shape in shapes.items()})
         self.logits = nn.ParameterDict(
             {
-                _key(name): torch.randn(num_experts, *unit_of(shape, granularity), generator=draw) * 0.5
+                key_of(name): torch.randn(num_experts, *unit_of(shape, granularity), generator=draw) * 0.5
                 for name, shape in shapes.items()
             }
         )
@@ -62,7 +62,7 @@ class SparseDeltas(AbstractDeltas):
         """(sum_m w_m z_m) * delta by name."""
         changes: dict[str, Tensor] = {}
         for name in self.names:
-            delta, masks = self.delta[_key(name)], self.masks(name)
+            delta, masks = self.change_of(name), self.masks(name)
             share = torch.einsum("m,m...->...", routing.dense().to(masks.dtype), masks)
             changes[name] = share.reshape(share.shape + (1,) * (delta.dim() - share.dim())) * delta
         return changes
@@ -78,8 +78,8 @@ class SparseDeltas(AbstractDeltas):
         return {
             name: interpolate(
                 base[name],
-                self.delta[_key(name)],
-                self.logits[_key(name)],
+                self.change_of(name),
+                self.logits_of(name),
                 weights,
                 strength,
                 noise=None if seed is None else seed + index,
@@ -88,14 +88,22 @@ class SparseDeltas(AbstractDeltas):
             for index, name in enumerate(self.names)
         }
 
+    def change_of(self, name: str) -> nn.Parameter:
+        """The shared change of one parameter."""
+        return self.delta[key_of(name)]  # type: ignore[return-value]
+
+    def logits_of(self, name: str) -> nn.Parameter:
+        """The mask logits of one parameter, (experts, *unit)."""
+        return self.logits[key_of(name)]  # type: ignore[return-value]
+
     def masks(self, name: str) -> Float[Tensor, " experts *unit"]:
         """z_m of one parameter."""
-        return mask(self.logits[_key(name)])
+        return mask(self.logits_of(name))
 
     def expected_l0(self) -> Float[Tensor, " experts"]:
         """q_m: the smooth share of weights that act, by which the masks learn to be sparse."""
         total = self.num_weights
-        parts = [expected_l0(self.logits[_key(name)]) * (self._size(name) / total) for name in self.names]
+        parts = [expected_l0(self.logits_of(name)) * (self._size(name) / total) for name in self.names]
         return torch.stack(parts).sum(0)
 
     @torch.no_grad()
@@ -103,7 +111,7 @@ class SparseDeltas(AbstractDeltas):
         """The share of all weights that each expert masks out, counted: exact zeros, as they are served."""
         acting = torch.zeros(self.num_experts, dtype=torch.float64, device=self.multipliers.device)
         for name in self.names:
-            logits = self.logits[_key(name)]
+            logits = self.logits_of(name)
             acting += hard_count(logits).double() * (self._size(name) / max(logits[:1].numel(), 1))
         return (1.0 - acting / self.num_weights).float()
 
@@ -112,7 +120,7 @@ class SparseDeltas(AbstractDeltas):
         """|z_m * delta| of each expert."""
         total = torch.zeros(self.num_experts, device=self.multipliers.device)
         for name in self.names:
-            masks, delta = self.masks(name).float(), self.delta[_key(name)].float().square()
+            masks, delta = self.masks(name).float(), self.change_of(name).float().square()
             total += masks.square().reshape(len(masks), -1) @ delta.reshape(max(masks[0].numel(), 1), -1).sum(1)
         return total.sqrt()
 
@@ -134,7 +142,7 @@ class SparseDeltas(AbstractDeltas):
         shared change comes to what the experts were.
         """
         for name in self.names:
-            logits, delta = self.logits[_key(name)], self.delta[_key(name)]
+            logits, delta = self.logits_of(name), self.change_of(name)
             if rescale:
                 kept = logits >= 0
                 share = (mask(logits) * kept).sum(0) / kept.sum(0).clamp_min(1)
@@ -146,7 +154,7 @@ class SparseDeltas(AbstractDeltas):
     def after_step(self) -> None:
         """After an optimiser's step: logits within +- log 100, and frozen experts as they were."""
         for name in self.names:
-            logits, delta = self.logits[_key(name)], self.delta[_key(name)]
+            logits, delta = self.logits_of(name), self.change_of(name)
             logits.clamp_(-LIMIT, LIMIT)
             if name in self._kept:
                 before, change = self._kept[name]
@@ -155,7 +163,7 @@ class SparseDeltas(AbstractDeltas):
 
     def _served(self, name: str, base: Tensor, weights: Tensor, strength: float) -> Tensor:
         """One adapted parameter without gradients: by a byte for each weight, where all its masks are 0 or 1."""
-        delta, logits, scale = self.delta[_key(name)], self.logits[_key(name)], strength * weights.float()
+        delta, logits, scale = self.change_of(name), self.logits_of(name), strength * weights.float()
         quick = logits.shape[1:] == delta.shape == base.shape and is_quick(base, delta, weights)
         codes = self._members.find(name, logits) if quick else None
         if codes is None:
@@ -165,20 +173,16 @@ class SparseDeltas(AbstractDeltas):
     def _keep(self) -> None:
         if bool(self.frozen.any()):
             for name in self.names:
-                logits, delta = self.logits[_key(name)].detach(), self.delta[_key(name)].detach()
+                logits, delta = self.logits_of(name).detach(), self.change_of(name).detach()
                 self._kept[name] = logits[self.frozen].clone(), delta.clone()
 
     def _size(self, name: str) -> int:
-        return self.delta[_key(name)].numel()
+        return self.change_of(name).numel()
 
 
 def unit_of(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
     """The shape of one expert's mask of a parameter."""
     return {"weight": tuple(shape), "row": tuple(shape[:1]), "tensor": ()}[granularity]
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
 
 
 def _alive(logits: Tensor, delta: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def set_masks(deltas: SparseDeltas, masks: Mapping[str, Tensor], expert: int | N
     A mask has a value for each of what the pool's own masks decide about. Raises ValueError for a name or a shape that
     does not fit, and changes nothing.
     """
-    held = {name: deltas.logits[name.replace(".", "/")] for name in deltas.names}
+    held = {name: deltas.logits_of(name) for name in deltas.names}
     for name, mask in masks.items():
         if name not in held or held[name].shape[1:] != mask.shape:
             expected = f"{tuple(held[name].shape[1:])}" if name in held else f"one of {', '.join(deltas.names[:3])}"

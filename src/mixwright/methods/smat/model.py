@@ -85,10 +85,6 @@ class FewShotModel(EpisodicModel):
         assert isinstance(found, SparseDeltas)
         return found
 
-    def pristine(self) -> dict[str, Tensor]:
-        """The backbone's parameters as they were pretrained, whatever stands in their place just now."""
-        return self._rollback.pristine()
-
     def added_state(self) -> dict[str, Tensor]:
         """What goes to disk: router and multipliers, the experts packed, and the backbone's digests; see `packing`."""
         from mixwright.methods.smat.stored import stored_state

@@ -106,7 +106,7 @@ class _Row:
 def layout(deltas: SparseDeltas) -> Tensor:
     """The SHA-256 of what the bits of a pool are about."""
     lines = [f"{deltas.num_experts} {BETA} {GAMMA} {ZETA}"]
-    lines += [f"{n} {tuple(_delta(deltas, n).shape)} {tuple(_logits(deltas, n).shape)}" for n in deltas.names]
+    lines += [f"{n} {tuple(deltas.change_of(n).shape)} {tuple(deltas.logits_of(n).shape)}" for n in deltas.names]
     return torch.frombuffer(bytearray(hashlib.sha256("\n".join(lines).encode()).digest()), dtype=torch.uint8)
 
 
@@ -130,7 +130,7 @@ def _checked(deltas: SparseDeltas, packed: Mapping[str, Tensor], storage: Storag
             "its bits are about other tensors than this config's: include, exclude, granularity or experts changed.",
         )
     widths = torch.tensor([_width(deltas, name) for name in deltas.names])
-    units = [_logits(deltas, name)[0].numel() for name in deltas.names]
+    units = [deltas.logits_of(name)[0].numel() for name in deltas.names]
     union = _bits(packed, "union", sum(units))
     sizes = torch.tensor([int(part.sum()) for part in union.split(units)])
     if len(values) != int((sizes * widths).sum()):
@@ -186,22 +186,14 @@ def _from_levels(levels: Tensor) -> Tensor:
     return (DEAD + (levels.double() + 0.5) * (-2 * DEAD / _LEVELS)).float()
 
 
-def _delta(deltas: SparseDeltas, name: str) -> Tensor:
-    return deltas.delta[name.replace(".", "/")]
-
-
-def _logits(deltas: SparseDeltas, name: str) -> Tensor:
-    return deltas.logits[name.replace(".", "/")]
-
-
 def _width(deltas: SparseDeltas, name: str) -> int:
     """How many weights one unit holds."""
-    return _delta(deltas, name).numel() // max(1, _logits(deltas, name)[0].numel())
+    return deltas.change_of(name).numel() // max(1, deltas.logits_of(name)[0].numel())
 
 
 def _plain(deltas: SparseDeltas, name: str) -> tuple[Tensor, Tensor]:
     """Logits (experts, units) and change (units, width), on the CPU in float32."""
-    logits, delta = _logits(deltas, name), _delta(deltas, name)
+    logits, delta = deltas.logits_of(name), deltas.change_of(name)
     units = logits[0].numel()
     return logits.detach().cpu().float().reshape(len(logits), units), delta.detach().cpu().float().reshape(
         units, _width(deltas, name)
@@ -209,5 +201,5 @@ def _plain(deltas: SparseDeltas, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _put(deltas: SparseDeltas, name: str, logits: Tensor, change: Tensor) -> None:
-    for parameter, found in ((_logits(deltas, name), logits), (_delta(deltas, name), change)):
+    for parameter, found in ((deltas.logits_of(name), logits), (deltas.change_of(name), change)):
         parameter.copy_(found.reshape(parameter.shape))
