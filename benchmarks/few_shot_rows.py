@@ -24,6 +24,7 @@ from mixwright.data.episode_batches import episode_batches
 from mixwright.data.episode_samplers import VariableEpisodes
 from mixwright.data.episodes import EpisodeSource
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.fresh import set_masks
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.recipe import groups, stages
@@ -206,6 +207,7 @@ def meta_tuned(model: FewShotModel, config: SmatConfig, source: EpisodeSource, b
     """The model through the product's stage *meta-tune*."""
     (stage, *_) = stages(config)
     stage = replace(stage, groups=groups(config, model))
+    assert isinstance(stage.objective, EpisodeLoss)
     watched = _Watched(stage.objective, budget.snapshots)
     batches, settings = episode_batches(source, length=budget.tasks), TrainConfig(accumulate=budget.accumulate)
     started = time.process_time()
@@ -217,15 +219,20 @@ def meta_tuned(model: FewShotModel, config: SmatConfig, source: EpisodeSource, b
 class _Watched:
     """An objective that keeps the state of the model when so many tasks have been seen."""
 
-    def __init__(self, objective: Callable[[Any, Any], Tensor], at: Sequence[int]) -> None:
+    def __init__(self, objective: EpisodeLoss, at: Sequence[int]) -> None:
         self.objective, self.at, self.seen = objective, set(at), 0
         self.kept: dict[int, State] = {}
 
+    at_once = EpisodeLoss.at_once
+
     def __call__(self, model: Any, batch: Any) -> Tensor:
+        return self.together(model, [batch])
+
+    def together(self, model: Any, batches: Sequence[Any]) -> Tensor:
         if self.seen in self.at:
             self.kept[self.seen] = state_of(model)
-        self.seen += 1
-        return self.objective(model, batch)
+        self.seen += len(batches)
+        return self.objective.together(model, batches)
 
 
 def read(items: Sequence[Tensor], generator: Generator | None = None) -> Tensor:
