@@ -102,8 +102,10 @@ class EpisodicModel(ComposedModel):
     def weights_for(self, routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters of the backbone under a routing: pretrained + strength * (their change).
 
-        Those that are forbidden are left out: they stay as pretrained.
+        Those that are forbidden are left out: they stay as pretrained. Raises ValueError for a routing whose decision
+        axes are not the experts' blocks.
         """
+        self.mixture.experts.by_block(routing.dense())
         found = self.mixture.weights(self._rollback.pristine(), routing, strength)
         return {name: tensor for name, tensor in found.items() if name not in self._forbidden}
 
@@ -293,8 +295,6 @@ class EpisodicModel(ComposedModel):
         strength = 1.0 if strength is None else float(strength)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength}: expected 0 (the pretrained model) to 1.")
-        if routing.num_experts != len(self.experts) or routing.dense().shape != (len(self.experts),):
-            raise ValueError(f"a routing of {tuple(routing.dense().shape)}; expected ({len(self.experts)},).")
         with eval_mode(self.mixture.experts):
             return routing, self.weights_for(routing, strength)
 

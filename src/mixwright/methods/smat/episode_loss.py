@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from mixwright.data.episodes import Episode
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.diversity_term import diversity_term
 from mixwright.methods.smat.episode_passes import EpisodePasses, prototypes_of, scores
 from mixwright.methods.smat.frozen_features import FrozenFeatures
 from mixwright.methods.smat.known_gradient import with_gradients
@@ -40,7 +41,7 @@ class EpisodeLoss:
         config, parts = self.config, self._parts(count(episode.query), labels.device)
         routing, gates, pretrained = self._looked_at(model, episode, parts[0])
         if self.note is not None:
-            self.note(routing.dense())
+            self.note(model.mixture.experts.by_block(routing.dense()))
         theta = model.weights_for(routing)
         passes = EpisodePasses(config, model, episode, parts, pretrained)
         value, gradients = passes.run({name: tensor.detach().requires_grad_() for name, tensor in theta.items()})
@@ -49,7 +50,10 @@ class EpisodeLoss:
             loss = loss + config.gate_penalty * gates.square().mean()
         if config.is_constrained:
             sparsity = config.sparsity_at(model.router.progress)
-            loss = loss + sparsity_term(model.deltas, routing.dense(), sparsity, config.floor)
+            weights = model.deltas.mean_over_blocks(model.deltas.by_block(routing.dense()))
+            loss = loss + sparsity_term(model.deltas, weights, sparsity, config.floor)
+            if config.diversity:
+                loss = loss + config.diversity * diversity_term(model.deltas)
         return loss
 
     @torch.no_grad()
