@@ -2,6 +2,7 @@
 
 python -m benchmarks.few_shot --pretrain --out DIR  # the backbone, about five minutes of one core
 python -m benchmarks.few_shot                       # the comparison; goes on from --cache where it was cut
+python -m benchmarks.few_shot --rows "SMAT, both"   # only these rows, as routed and with all experts alike
 python -m benchmarks.few_shot --report              # the tables of the method's README, from the cache or the JSON
 python -m benchmarks.few_shot --quick               # a walk through everything; its numbers say nothing
 
@@ -32,6 +33,7 @@ from benchmarks.few_shot_rows import (
     MORE,
     PMF,
     PMF_KD,
+    ROUTED,
     SMAT,
     Budget,
     Row,
@@ -101,6 +103,11 @@ class Bench:
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
         key = f"direct|{row.name}, uniform mixture|{seed}"
         cells.take(key, lambda: plain(self.exams.fixed(self._uniform(row, seed))))
+
+    def both_ways(self, cells: Cells, row: Row, seed: int) -> None:
+        """A variant of the pool as its router chooses, and with all experts alike."""
+        self.direct(cells, row, seed)
+        self.alike(cells, row, seed)
 
     def ablations(self, cells: Cells, row: Row, seed: int) -> None:
         """A pool with all experts alike, and with masks of 0 and 1."""
@@ -213,9 +220,13 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.curve(cells, row_named(name), 0)
     for row in MORE[:3]:
         bench.alike(cells, row, 0)
+    for row in ROUTED:
+        bench.both_ways(cells, row, 0)
     for seed in seeds[1:]:
         for row in MAIN[3:]:
             bench.direct(cells, row, seed)
+        for row in ROUTED:
+            bench.both_ways(cells, row, seed)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
     for row in MORE[3:]:
         bench.alike(cells, row, 0)
@@ -260,6 +271,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--backwards", action="store_true", help="the last rows first, beside a second process")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; no file of results is written")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="print the tables of what is in the cache")
     given = parser.parse_args()
@@ -284,6 +296,11 @@ def main() -> None:
     sizes, budget = Sizes(seeds=given.seeds), Budget()
     bench = Bench(drawn, partial(opened, given.out), budget, sizes, given.cache / "few_shot_rows")
     cells = Cells(file, time.time() + 60 * given.minutes)
+    if given.rows:
+        for seed in range(given.seeds):
+            for name in given.rows:
+                bench.both_ways(cells, row_named(name), seed)
+        return
     try:
         run(bench, cells, given.backwards)
     finally:

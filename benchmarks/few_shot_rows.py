@@ -101,6 +101,13 @@ MORE = (
     Row("SMAT, masks come back", {"regrowth": 0.1}),
     Row("SMAT, 8 experts", {"experts": 8}),
 )
+APART: dict[str, Any] = {"diversity": 0.3}
+ROUTED = (
+    Row("SMAT, experts apart", APART),
+    Row("SMAT, mixtures per layer", {"mixture": "block"}),
+    Row("SMAT, both", APART | {"mixture": "block"}),
+)
+"""Not of the paper; about what the router chooses among, so measured as it chooses."""
 
 
 @dataclass
@@ -259,7 +266,7 @@ def load(model: FewShotModel, state: Mapping[str, Tensor]) -> None:
 
 
 def row_named(name: str) -> Row:
-    return next(row for row in (*MAIN, *MORE) if row.name == name)
+    return next(row for row in (*MAIN, *MORE, *ROUTED) if row.name == name)
 
 
 def between(base: Weights, tuned: Weights, share: float) -> Weights:

@@ -48,6 +48,8 @@ class AbstractDeltas(nn.Module, ABC):
 
     num_experts: int
     names: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    """Parts of the base that may each have a mixture of their own; none: one mixture holds for all of it."""
 
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
@@ -66,6 +68,22 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def norms(self) -> Float[Tensor, " experts"]:
         """How far each expert alone, at weight 1, moves the parameters: |delta_e|."""
+
+    def by_block(self, weights: Float[Tensor, " *blocks experts"]) -> Float[Tensor, "rows experts"]:
+        """A mixture for each block, one row where there are none; one mixture for all is repeated.
+
+        Raises ValueError for another shape.
+        """
+        rows = max(1, len(self.blocks))
+        alike, apart = (self.num_experts,), (rows, self.num_experts)
+        if weights.shape != alike and not (self.blocks and weights.shape == apart):
+            expected = f"{alike} or, one for each block, {apart}" if self.blocks else f"{alike}"
+            raise ValueError(f"a routing of {tuple(weights.shape)}; expected {expected}.")
+        return weights.expand(apart)
+
+    def mean_over_blocks(self, values: Float[Tensor, "*some rows experts"]) -> Float[Tensor, "*some experts"]:
+        """Of what `by_block` gives, or what is made from it: blocks count by the weights that they hold."""
+        return values.squeeze(-2)
 
 
 def key_of(name: str) -> str:

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from mixwright.data.episodes import Episode
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.diversity_term import diversity_term
 from mixwright.methods.smat.episode_passes import EpisodePasses, prototypes_of, scores
 from mixwright.methods.smat.frozen_features import FrozenFeatures
 from mixwright.methods.smat.known_gradient import promise
@@ -47,7 +48,7 @@ class EpisodeLoss:
         looked = [self._looked_at(model, episode, rows[0]) for episode, rows in zip(episodes, parts, strict=True)]
         routings = [routing for routing, _, _ in looked]
         for routing in routings if self.note is not None else ():
-            self.note(routing.dense())  # type: ignore[misc]
+            self.note(model.mixture.experts.by_block(routing.dense()))  # type: ignore[misc]
         thetas = model.weights_for_each(routings)
         loss, gradients = promise([tensor for theta in thetas for tensor in theta.values()])
         leaves = [{name: tensor.detach().requires_grad_() for name, tensor in theta.items()} for theta in thetas]
@@ -59,11 +60,11 @@ class EpisodeLoss:
             if gates is not None:
                 loss = loss + config.gate_penalty * gates.square().mean()
         if config.is_constrained:
-            weights, sparsity = (
-                torch.stack([each.dense() for each in routings]),
-                config.sparsity_at(model.router.progress),
-            )
-            loss = loss + sparsity_term(model.deltas, weights, sparsity, config.floor)
+            deltas, sparsity = model.deltas, config.sparsity_at(model.router.progress)
+            mixtures = [deltas.mean_over_blocks(deltas.by_block(routing.dense())) for routing in routings]
+            loss = loss + sparsity_term(deltas, torch.stack(mixtures), sparsity, config.floor)
+            if config.diversity:
+                loss = loss + len(episodes) * config.diversity * diversity_term(deltas)
         return loss
 
     @torch.no_grad()
