@@ -60,8 +60,17 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     masks_of: str = ""
     """`fisher`, or the name of the row whose largest changes are kept."""
+    times: int = 1
+    """It learns from so many times the budget's tasks."""
 
-    def config(self, budget: Budget, seed: int) -> SmatConfig:
+    def budget(self, usual: Budget) -> Budget:
+        """How long it is meta-tuned."""
+        snapshots = tuple(self.times * count for count in usual.snapshots)
+        return replace(usual, tasks=self.times * usual.tasks, snapshots=snapshots)
+
+    def config(self, usual: Budget, seed: int) -> SmatConfig:
+        """The method's settings."""
+        budget = self.budget(usual)
         shared = {
             "features": "cls",
             "experts": budget.experts,
@@ -108,6 +117,13 @@ ROUTED = (
     Row("SMAT, both", APART | {"mixture": "block"}),
 )
 """Not of the paper; about what the router chooses among, so measured as it chooses."""
+LONG = (
+    Row(f"{PMF}, 4 x tasks", ONE | PLAIN, times=4),
+    Row(f"{SMAT}, 4 x tasks", times=4),
+    Row(f"{PMF_KD}, 4 x tasks", ONE, times=4),
+    Row("post-hoc sparse, 4 x tasks", GIVEN | PLAIN, masks_of=f"{PMF}, 4 x tasks", times=4),
+)
+"""Learning that goes on until it has nearly converged."""
 
 
 @dataclass
@@ -186,7 +202,7 @@ class Trainer:
             return Trained(model.eval(), kept["snapshots"], kept["cpu_seconds"], kept["loss"])
         model = self.model(row, seed)
         config = row.config(self.budget, seed)
-        made = meta_tuned(model, config, self.episodes(seed), self.budget, seed)
+        made = meta_tuned(model, config, self.episodes(seed), row.budget(self.budget), seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = {"state": state_of(model), "snapshots": made.snapshots}
         torch.save(kept | {"cpu_seconds": made.cpu_seconds, "loss": made.loss}, file)
@@ -266,7 +282,7 @@ def load(model: FewShotModel, state: Mapping[str, Tensor]) -> None:
 
 
 def row_named(name: str) -> Row:
-    return next(row for row in (*MAIN, *MORE, *ROUTED) if row.name == name)
+    return next(row for row in (*MAIN, *MORE, *ROUTED, *LONG) if row.name == name)
 
 
 def between(base: Weights, tuned: Weights, share: float) -> Weights:
