@@ -63,7 +63,7 @@ class Sizes:
     routed_episodes: int = 150
     """Of pools other than SMAT, which need a pass for every episode."""
     curve_episodes: int = 50
-    tuned_episodes: int = 15
+    tuned_episodes: int = 8
     seeds: int = 2
 
 
@@ -210,7 +210,7 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
     seeds = range(bench.sizes.seeds)
     if backwards:
-        for row in (*reversed(MAIN), None):
+        for row in (None, *MAIN):
             bench.tuned(cells, row, 0)
         for row in reversed(MAIN[3:]):
             bench.direct(cells, row, seeds[-1])
@@ -230,17 +230,18 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.direct(cells, row, 0)
     for name in CURVES:
         bench.curve(cells, row_named(name), 0)
-    for row in (*MORE, *ROUTED):
-        bench.both_ways(cells, row, 0)
-    for seed in seeds:
-        for row in MAIN[3:]:
-            bench.direct(cells, row, seed)
-            bench.dials(cells, row, seed)
+    for row in MAIN[3:]:
+        bench.dials(cells, row, 0)
     for row in LONG:
         bench.direct(cells, row, 0)
         bench.curve(cells, row, 0)
+    for row in (*ROUTED, *MORE):
+        bench.both_ways(cells, row, 0)
     for seed in seeds[1:]:
-        for row in (*LONG[:3], *ROUTED, *MORE):
+        for row in MAIN[3:]:
+            bench.direct(cells, row, seed)
+            bench.dials(cells, row, seed)
+        for row in (*ROUTED, *LONG[:3], *MORE):
             bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
     for row in MAIN[3:]:
