@@ -280,6 +280,8 @@ def test_an_export_is_the_adapted_backbone_and_says_each_blocks_mixture(tmp_path
     assert set(said["weights_by_block"]) == set(BLOCKS)
     assert said["weights_by_block"]["layers.1"]["expert-0"] == pytest.approx(float(routing.weights[2, 0]))
     assert sum(said["weights_of_experts"].values()) == pytest.approx(1)
+    assert "the mean over blocks" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert any("each block: `outside`, `layers.0`, `layers.1`" in line for line in model.card_lines())
 
 
 def test_it_is_explained() -> None:
