@@ -163,8 +163,8 @@ def adaptation_card(model: "FewShotModel", record: Mapping[str, Any], library: s
             "",
             f"```python\n{load}\n```",
             "",
-            f"{mixture}: {mixed}; strength {record['strength']:g}. `{PROTOTYPES}` has the mean feature of each class of "
-            f"the examples under these weights: a query belongs to the class with the largest cosine "
+            f"{mixture}: {mixed}; strength {record['strength']:g}. `{PROTOTYPES}` has the mean feature of each class "
+            f"of the examples under these weights: a query belongs to the class with the largest cosine "
             f"(features: `{plain(model.composition.config.get('features'))}`).",
             "",
         ]
