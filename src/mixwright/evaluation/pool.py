@@ -43,7 +43,10 @@ class PoolTensor:
 
 @dataclass(frozen=True)
 class PoolTasks:
-    """Tasks by the mixture that each gets: half the sum of absolute differences, and the tree over it."""
+    """Tasks by the mixture that each gets: half the sum of absolute differences, and the tree over it.
+
+    Where each block of the backbone has a mixture of its own, both are means over the blocks.
+    """
 
     names: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
@@ -108,7 +111,7 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
         chance=_rows(found.chance),
         tensors=_tensors(model, deltas, at),
         mixture="every expert alike" if shown is None else shown,
-        tasks=_tasks(mixtures),
+        tasks=_tasks(deltas, mixtures),
         composition={
             "method": model.composition.method,
             "backbone": {**model.composition.backbone, "fingerprint": model.fingerprint},
@@ -150,7 +153,7 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tu
     for name in deltas.names:
         masks, each = _units(deltas, name)
         delta = deltas.change_of(name).detach().cpu().float().reshape(-1, each)
-        moved = (weights.to(masks.dtype) @ masks)[:, None] * delta
+        moved = (deltas.weights_at(name, weights).to(masks.dtype) @ masks)[:, None] * delta
         size = float(base[name].detach().float().norm())
         if size == 0:
             continue
@@ -159,12 +162,13 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tu
     return tuple(sorted(found, key=lambda one: -one.change)[:TOP])
 
 
-def _tasks(mixtures: Mapping[str, Routing]) -> PoolTasks:
+def _tasks(deltas: SparseDeltas, mixtures: Mapping[str, Routing]) -> PoolTasks:
     names = tuple(mixtures)
     if not names:
         return PoolTasks((), (), (), (), ())
-    weights = torch.stack([mixtures[name].dense().cpu().double() for name in names])
-    distances = (weights[:, None] - weights[None]).abs().sum(-1) / 2
+    by_block = torch.stack([deltas.by_block(mixtures[name].dense().cpu().double()) for name in names])
+    weights = deltas.mean_over_blocks(by_block)
+    distances = deltas.mean_over_blocks((by_block[:, None] - by_block[None]).abs()).sum(-1) / 2
     merges = tuple(average_linkage(distances))
     order = tuple(leaf_order(merges, len(names))) if merges else (0,)
     return PoolTasks(names, _rows(weights), _rows(distances), merges, order)
