@@ -29,6 +29,7 @@ from benchmarks.few_shot_backbone import Pretraining, empty_vit, pretrain
 from benchmarks.few_shot_exam import Exams, Score, Weights
 from benchmarks.few_shot_glyphs import World, world
 from benchmarks.few_shot_rows import (
+    LONG,
     MAIN,
     MORE,
     PMF,
@@ -62,7 +63,7 @@ class Sizes:
     routed_episodes: int = 150
     """Of pools other than SMAT, which need a pass for every episode."""
     curve_episodes: int = 50
-    tuned_episodes: int = 3
+    tuned_episodes: int = 15
     seeds: int = 2
 
 
@@ -98,6 +99,16 @@ class Bench:
             key = f"dial|{row.name}|{share}|{seed}"
             cells.take(key, lambda share=share: plain(self.exams.fixed(self._between(row, seed, share))))
 
+    def routed_dials(self, cells: Cells, row: Row, seed: int) -> None:
+        """The same dial on what each support set chooses."""
+        for share in DIALS:
+
+            def measure(share: float = share) -> dict[str, Any]:
+                routed = partial(self.trainer.trained(row, seed).routed, strength=share)
+                return plain(self.exams.chosen(routed, self.sizes.routed_episodes))
+
+            cells.take(f"routed dial|{row.name}|{share}|{seed}", measure)
+
     def alike(self, cells: Cells, row: Row, seed: int) -> None:
         """A variant of the pool, all experts alike: what the masks are worth, without a pass for every episode."""
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
@@ -123,7 +134,7 @@ class Bench:
 
     def curve(self, cells: Cells, row: Row, seed: int) -> None:
         """Accuracy by the number of tasks seen, on the first test episodes."""
-        for tasks in self.budget.snapshots:
+        for tasks in row.budget(self.budget).snapshots:
 
             def at(tasks: int = tasks) -> dict[str, Any]:
                 found = self.trainer.trained(row, seed)
@@ -199,17 +210,18 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
     seeds = range(bench.sizes.seeds)
     if backwards:
-        for seed in seeds:
-            for row in reversed(MAIN[3:]):
-                bench.direct(cells, row, seed)
+        for row in (*reversed(MAIN), None):
+            bench.tuned(cells, row, 0)
+        for row in reversed(MAIN[3:]):
+            bench.direct(cells, row, seeds[-1])
         return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
     for seed in seeds:
         for row in MAIN[:3]:
             bench.direct(cells, row, seed)
             bench.dials(cells, row, seed)
-        if seed == 0:
-            bench.ablations(cells, row_named(SMAT), seed)
+        bench.ablations(cells, row_named(SMAT), seed)
+        bench.routed_dials(cells, row_named(SMAT), seed)
     for row in MAIN[3:6]:
         bench.direct(cells, row, 0)
     for row in (None, *MAIN[:3]):
@@ -218,18 +230,19 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.direct(cells, row, 0)
     for name in CURVES:
         bench.curve(cells, row_named(name), 0)
-    for row in MORE[:3]:
-        bench.alike(cells, row, 0)
-    for row in ROUTED:
+    for row in (*MORE, *ROUTED):
         bench.both_ways(cells, row, 0)
-    for seed in seeds[1:]:
+    for seed in seeds:
         for row in MAIN[3:]:
             bench.direct(cells, row, seed)
-        for row in ROUTED:
-            bench.both_ways(cells, row, seed)
+            bench.dials(cells, row, seed)
+    for row in LONG:
+        bench.direct(cells, row, 0)
+        bench.curve(cells, row, 0)
+    for seed in seeds[1:]:
+        for row in (*LONG[:3], *ROUTED, *MORE):
+            bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), 0, 0.5)
-    for row in MORE[3:]:
-        bench.alike(cells, row, 0)
     for row in MAIN[3:]:
         bench.tuned(cells, row, 0)
 

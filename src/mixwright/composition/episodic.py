@@ -106,8 +106,17 @@ class EpisodicModel(ComposedModel):
         axes are not the experts' blocks.
         """
         self.mixture.experts.by_block(routing.dense())
-        found = self.mixture.weights(self._rollback.pristine(), routing, strength)
-        return {name: tensor for name, tensor in found.items() if name not in self._forbidden}
+        return self._changeable(self.mixture.weights(self._rollback.pristine(), routing, strength))
+
+    def weights_for_each(self, routings: Sequence[Routing], strength: float = 1.0) -> list[dict[str, Tensor]]:
+        """`weights_for` under each of several routings, which share what work they can."""
+        for routing in routings:
+            self.mixture.experts.by_block(routing.dense())
+        found = self.mixture.weights_each(self._rollback.pristine(), routings, strength)
+        return [self._changeable(weights) for weights in found]
+
+    def _changeable(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in weights.items() if name not in self._forbidden}
 
     def forbid(self, *patterns: str) -> tuple[str, ...]:
         """No adaptation changes the parameters that these globs name, until the next call; without any, all may change.

@@ -1,7 +1,7 @@
 """What every kind of experts promises."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -58,6 +58,12 @@ class AbstractDeltas(nn.Module, ABC):
     def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """theta + strength * change, of the parameters that change: theta's dtype, and its bits where change is 0."""
         return {name: added(base[name], change, strength) for name, change in self(routing).items()}
+
+    def onto_each(
+        self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
+    ) -> list[dict[str, Tensor]]:
+        """`onto` under each of several routings. Kinds for which that shares work do it at once."""
+        return [self.onto(base, routing, strength) for routing in routings]
 
     @abstractmethod
     def norms(self) -> Float[Tensor, " experts"]:

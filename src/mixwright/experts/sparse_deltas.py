@@ -1,6 +1,6 @@
 """Sparse interpolated experts: many masks over one change of all weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mixwright.experts.base import AbstractDeltas, key_of
 from mixwright.experts.members import Members
 from mixwright.ops.hard_concrete import LIMIT, expected_l0, hard_count, mask
-from mixwright.ops.interpolate import interpolate
+from mixwright.ops.interpolate import interpolate, interpolate_each
 from mixwright.ops.mask_overlap import expected_overlap
 from mixwright.ops.membership import interpolate_members, is_quick, sums_of
 from mixwright.routing import Routing
@@ -79,21 +79,33 @@ class SparseDeltas(AbstractDeltas):
         weights = routing.dense()
         if not self.training and not torch.is_grad_enabled():
             return {n: self._served(n, base[n], self.weights_at(n, weights), strength) for n in self.names}
-        seed = int(torch.randint(1 << 31, ())) if self.noise and self.training else None
+        return self.onto_each(base, [routing], strength)[0]
+
+    def onto_each(
+        self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
+    ) -> list[dict[str, Tensor]]:
+        """`onto` under each routing: masks are made once for all of them, but where noise is drawn, for each anew."""
+        noisy = self.noise and self.training
+        if len(routings) > 1 and (noisy or not (self.training or torch.is_grad_enabled())):
+            return super().onto_each(base, routings, strength)
+        seed = int(torch.randint(1 << 31, ())) if noisy else None
         if self.training and not self._kept:
             self._keep()
-        return {
-            name: interpolate(
+        mixtures = [routing.dense() for routing in routings]
+        found: list[dict[str, Tensor]] = [{} for _ in routings]
+        for index, name in enumerate(self.names):
+            adapted = interpolate_each(
                 base[name],
                 self.change_of(name),
                 self.logits_of(name),
-                self.weights_at(name, weights),
+                torch.stack([self.weights_at(name, mixture) for mixture in mixtures]),
                 strength,
                 noise=None if seed is None else seed + index,
                 regrowth=self.regrowth,
             )
-            for index, name in enumerate(self.names)
-        }
+            for each, tensor in zip(found, adapted, strict=True):
+                each[name] = tensor
+        return found
 
     def change_of(self, name: str) -> nn.Parameter:
         """The shared change of one parameter."""

@@ -78,7 +78,7 @@ def _trained(diversity: float) -> SparseDeltas:
     for step in range(500):
         set_rate(optimizers, stage.rate(step))
         deltas.zero_grad()
-        loss = sparsity_term(deltas, torch.full((3,), 1 / 3), 0.8, 0.0)
+        loss = sparsity_term(deltas, torch.full((1, 3), 1 / 3), 0.8, 0.0)
         (loss + diversity * diversity_term(deltas)).backward()
         for optimizer in optimizers:
             optimizer.step()

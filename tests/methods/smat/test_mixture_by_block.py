@@ -146,7 +146,7 @@ def test_an_expert_is_asked_to_be_sparse_by_its_mean_over_blocks_of_their_sizes(
     with model.routed_by(Routing(weights, 3)):
         EpisodeLoss(config)(model, _episode()).backward()
     (expected,) = torch.autograd.grad(
-        sparsity_term(model.deltas, mean, config.sparsity, config.floor), [model.deltas.multipliers]
+        sparsity_term(model.deltas, mean[None], config.sparsity, config.floor), [model.deltas.multipliers]
     )
     torch.testing.assert_close(model.deltas.multipliers.grad, expected)
 
