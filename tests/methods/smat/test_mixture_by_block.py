@@ -100,6 +100,28 @@ def test_gradients_are_those_of_autograd_in_float64() -> None:
     assert bool((found[0][0] != 0).all())
 
 
+def test_episodes_of_an_update_taken_together_are_as_one_by_one() -> None:
+    model = pool().double().train()
+    for parameter in model.deltas.parameters():
+        parameter.requires_grad_()
+    draw = torch.Generator().manual_seed(4)
+    found: list[tuple[Tensor, ...]] = []
+    for together in (True, False):
+        weights = [mixtures(seed).requires_grad_() for seed in (1, 2)]
+        routings = [Routing(each, 3) for each in weights]
+        thetas = model.weights_for_each(routings) if together else [model.weights_for(each) for each in routings]
+        draw.manual_seed(4)
+        parts = [
+            (theta[name] * torch.randn(theta[name].shape, generator=draw, dtype=torch.float64)).sum()
+            for theta in thetas
+            for name in theta
+        ]
+        leaves = [*weights, *model.deltas.delta.values(), *model.deltas.logits.values()]
+        found.append(torch.autograd.grad(torch.stack(parts).sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_a_router_chooses_for_each_block_by_its_keys() -> None:
     whole, by_block = fresh_pool().eval(), fresh_pool(mixture="block").eval()
     apart = by_block.routing(SUPPORT).weights
