@@ -39,9 +39,15 @@ def _changes(model: "FewShotModel") -> list[str]:
         "|---|---|---|",
         *rows,
         "",
+        *_by_block(model),
         "The pool is bound to its backbone by the SHA-256 of every tensor: another one is refused.",
         "",
     ]
+
+
+def _by_block(model: "FewShotModel") -> list[str]:
+    blocks = ", ".join(f"`{plain(block)}`" for block in model.deltas.blocks)
+    return [f"A support set chooses a mixture for each block: {blocks}.", ""] if blocks else []
 
 
 def _tuned_on(model: "FewShotModel") -> list[str]:
