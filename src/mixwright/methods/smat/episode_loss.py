@@ -26,12 +26,9 @@ class EpisodeLoss:
     but for the loss itself.
     """
 
-    at_once = 4
-    """Episodes whose adapted weights are held at once."""
-
     def __init__(self, config: SmatConfig, note: Callable[[Tensor], None] | None = None) -> None:
         """`note` is told each episode's mixture in training."""
-        self.config, self.note = config, note
+        self.config, self.note, self.at_once = config, note, config.at_once
         self.frozen = FrozenFeatures(config.frozen_cache)
 
     def __call__(self, model: FewShotModel, episode: Episode) -> Float[Tensor, ""]:
