@@ -82,6 +82,11 @@ def load(
     _all_used(composed, state, name)
     if stored.active is not None:
         composed.set_active([expert for expert in stored.active if expert in composed.experts])
+    try:
+        composed.restrain(stored.forbidden, stored.frozen)
+    except ValueError as error:
+        composed.remove()
+        raise CatalogError("CONFIG", name, str(error)[:400]) from error
     return composed
 
 

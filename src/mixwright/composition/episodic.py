@@ -117,7 +117,34 @@ class EpisodicModel(ComposedModel):
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"{pattern!r} names none of the parameters that may change ({names[0]}, ...).")
         self._forbidden = frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
-        return tuple(name for name in names if name in self._forbidden)
+        return self.forbidden
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """The parameters that no adaptation changes, by a person's word; saved with the model."""
+        return tuple(name for name in self.mixture.experts.names if name in self._forbidden)
+
+    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
+        """Keep an expert through further training as it is, its change wherever it acts; saved with the model.
+
+        Raises ValueError for an expert that is not in the model.
+        """
+        self.mixture.experts.freeze(self.index(expert), frozen)
+
+    @property
+    def frozen_experts(self) -> tuple[str, ...]:
+        """The experts that further training leaves as they are."""
+        return tuple(name for name, kept in zip(self.experts, self.mixture.experts.frozen.tolist()) if kept)
+
+    def restrain(self, forbidden: Sequence[str], frozen: Sequence[str]) -> None:
+        """As the base class says."""
+        strange = sorted(set(forbidden) - set(self.mixture.experts.names))
+        if strange:
+            raise ValueError(f"forbidden: {strange[0]!r} is none of the parameters that may change.")
+        places = [self.index(expert) for expert in frozen]
+        self._forbidden = frozenset(forbidden)
+        for place in places:
+            self.mixture.experts.freeze(place)
 
     @torch.no_grad()
     def commit(self, support: Given | Route | Routing | str, strength: float | None = None) -> Routing:

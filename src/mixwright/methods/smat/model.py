@@ -80,9 +80,13 @@ class FewShotModel(EpisodicModel):
 
     @property
     def deltas(self) -> SparseDeltas:
-        """The experts."""
+        """The experts: masks over one change. Raises ValueError where each has a change of its own."""
         found = self.mixture.experts
-        assert isinstance(found, SparseDeltas)
+        if not isinstance(found, SparseDeltas):
+            raise ValueError(
+                "deltas: with changes='own' the experts are no masks over one change; model.mixture.experts are what "
+                "they are."
+            )
         return found
 
     def added_state(self) -> dict[str, Tensor]:
@@ -128,12 +132,8 @@ class FewShotModel(EpisodicModel):
 
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""
-        return self.deltas.sparsity()
+        return self.mixture.experts.sparsity()
 
     def route(self, support: Given, *, resamples: int = 32, seed: int = 0) -> Route:
         """Which experts a support set chooses, how sure and how new it is; see `composition.routes.find_route`."""
         return find_route(self, support, resamples=resamples, seed=seed)
-
-    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
-        """Keep an expert through further training as it is: its mask, and the change wherever it acts."""
-        self.deltas.freeze(self.index(expert), frozen)

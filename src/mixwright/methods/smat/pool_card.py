@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from mixwright.composition.card import plain
 from mixwright.composition.seen_tasks import SeenTasks
-from mixwright.evaluation.pool import pool_of
+from mixwright.evaluation.pool import decided_by_hand, pool_of
 from mixwright.experts.sparse_deltas import SparseDeltas
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def pool_lines(model: "FewShotModel") -> list[str]:
     """Markdown; counted, not promised."""
-    return [*_changes(model), *_tuned_on(model), *_limits(), ""]
+    return [*_changes(model), *_decided(model), *_tuned_on(model), *_limits(), ""]
 
 
 def _changes(model: "FewShotModel") -> list[str]:
@@ -21,7 +21,8 @@ def _changes(model: "FewShotModel") -> list[str]:
         return [
             "## What it changes",
             "",
-            f"{len(model.experts)} dense changes of the weights, one for each expert.",
+            f"{len(model.experts)} dense changes of the weights, one for each expert (soft merging); no weight is left "
+            "as pretrained but at strength 0.",
             "",
         ]
     pool = pool_of(model)
@@ -42,6 +43,14 @@ def _changes(model: "FewShotModel") -> list[str]:
         "The pool is bound to its backbone by the SHA-256 of every tensor: another one is refused.",
         "",
     ]
+
+
+def _decided(model: "FewShotModel") -> list[str]:
+    said = decided_by_hand(model.experts, model.active, model.forbidden, model.frozen_experts)
+    if not said:
+        return []
+    undo = "`model.set_active(None)`, `model.forbid()` and `model.freeze_expert(name, False)` take it back."
+    return ["## What a person decided", "", *(f"- {plain(line)}" for line in said), "", undo, ""]
 
 
 def _tuned_on(model: "FewShotModel") -> list[str]:
