@@ -17,7 +17,9 @@ from mixwright.ops.rows import take
 class FixedEpisodes:
     """N-way K-shot: `ways` classes of one domain, `shots` items of each to learn from, up to `queries` to be asked.
 
-    A class takes part if it has more distinct items than `shots`.
+    A class takes part if it has more distinct items than `shots`. Groups of classes have no say here: the classes are
+    drawn from the whole domain, as N-way K-shot tests are (Vinyals et al. 2016); hierarchy is Meta-Dataset's
+    (`VariableEpisodes`).
     """
 
     domains: Sequence[Domain]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mixwright.composition.episodic import EpisodicModel
+from mixwright.composition.measured_domains import MeasuredDomain, measured_in
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
-from mixwright.experts.overlap import overlap
 from mixwright.experts.base import key_of
 from mixwright.experts.dense_deltas import DenseDeltas
+from mixwright.experts.overlap import overlap
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.routing import Routing
 
@@ -62,7 +63,7 @@ class Pool:
     `overlap`: of two experts, intersection over union of what they change; `chance`: what independent masks of the
     same densities would have. `mixture`: of the `tensors`. `masked`: all experts are masks over one change; else each
     has its own (soft merging). `active`, `forbidden`, `frozen`: what a person decided, the experts that may be chosen,
-    parameters that nothing changes, and experts that do not learn.
+    parameters that nothing changes, and experts that do not learn. `measured`: on held-out domains, after its training.
     """
 
     experts: tuple[str, ...]
@@ -81,6 +82,7 @@ class Pool:
     active: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    measured: tuple[MeasuredDomain, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -128,6 +130,7 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
         active=model.active,
         forbidden=model.forbidden,
         frozen=model.frozen_experts,
+        measured=measured_in(model.whole),
     )
 
 

@@ -1,5 +1,6 @@
 """What is said of a pool of sparse experts, on the page and in the terminal alike."""
 
+from mixwright.composition.measured_domains import lost_sentences
 from mixwright.evaluation.pool import Pool, decided_by_hand
 from mixwright.evaluation.pool_episode import Measured, PoolEpisode, best_strength
 
@@ -32,12 +33,15 @@ def percent(share: float) -> str:
 
 def pool_sentences(pool: Pool) -> list[str]:
     """What the pool is, in one sentence, and how its experts stand to each other, in another."""
-    decided = decided_by_hand(pool.experts, pool.active, pool.forbidden, pool.frozen)
+    known = [
+        *decided_by_hand(pool.experts, pool.active, pool.forbidden, pool.frozen),
+        *lost_sentences(pool.measured),
+    ]
     if not pool.masked:
         return [
             f"{len(pool.experts)} experts, each with a change of its own for all {pool.weights:,} weights (soft "
             "merging): there are no masks, and no weight is left as pretrained but at strength 0.",
-            *decided,
+            *known,
         ]
     low, high = min(pool.density), max(pool.density)
     each = percent(low) if percent(low) == percent(high) else f"{percent(low)} to {percent(high)}"
@@ -51,7 +55,7 @@ def pool_sentences(pool: Pool) -> list[str]:
         chance = sum(pool.chance[i][j] for i, j in pairs) / len(pairs)
         times = f", {mean / chance:.1f} times what chance gives ({chance:.2f})" if chance > 0 else ""
         said.append(f"Two experts overlap by {mean:.2f} on average{times}.")
-    return [*said, *decided]
+    return [*said, *known]
 
 
 def episode_sentences(episode: PoolEpisode) -> list[str]:
