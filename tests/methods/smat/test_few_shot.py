@@ -202,3 +202,20 @@ def test_the_first_seed_is_that_of_every_cell(bench: Any) -> None:
     assert {seed for _, seed in asked} == {3} and {name for name, _ in asked} == {
         "direct", "dials", "alike", "ablations", "curve", "tuned"
     }  # fmt: skip
+
+
+def test_the_file_of_a_trained_pool_is_measured_with_its_router_and_without(bench: Any, tmp_path: Path) -> None:
+    sizes, rows = importlib.import_module("benchmarks.pool_size"), module("_rows")
+    with pytest.raises(SystemExit, match="holds no trained pool"):
+        sizes.measure_trained(tmp_path / "rows")
+    trained = bench.trainer.trained(rows.row_named("random masks"), 0)
+    bench.trainer.trained(rows.row_named(rows.PMF), 0)  # no pool of masks: left out
+    (case,) = sizes.measure_trained(tmp_path / "rows")
+    assert case["row"] == "random-masks-0" and case["experts"] == 2
+    assert 1 - case["density"] == pytest.approx(float(trained.model.sparsity().mean()), abs=1e-6)
+    trained.model.save_pretrained(tmp_path / "pool")
+    saved = (tmp_path / "pool" / "added.safetensors").stat().st_size
+    assert 0 < saved - case["bytes"]["exact"] < 9000  # digests of the backbone, multipliers, longer names
+    router = sum(tensor.numel() * tensor.element_size() for tensor in trained.model.router.state_dict().values())
+    assert case["bytes"]["exact"] - case["bytes_of_experts"]["exact"] == pytest.approx(router, abs=3000)
+    assert case["share"]["compact"] < case["share"]["exact"] and "random-masks-0" in sizes.trained_report([case])
