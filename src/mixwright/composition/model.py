@@ -245,6 +245,8 @@ class ComposedModel(nn.Module):
             return  # experts without names all act, always
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
         ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
+        if not ids:
+            raise ValueError("set_active: no expert is left to be chosen; name one or more, or use disabled().")
         masks = {site: _masks(mixture.router) for site, mixture in self._mixed().items()}
         unmasked = [site for site, found in masks.items() if not found]
         if unmasked:

@@ -29,6 +29,8 @@ def reader_of(model: "ComposedModel", items: Sequence[Any]) -> Read:
     read = _pictures(model) if wants_images and _shows(items[0]) else None
     if not wants_images and isinstance(items[0], str):
         read = _texts(model)
+    if read is None and wants_images and isinstance(items[0], str):
+        raise TypeError(f"{items[0][:200]!r}: there is no such file; the backbone reads pictures, and texts are paths.")
     if read is None:
         raise TypeError(
             f"items of {type(items[0]).__name__}: nothing beside the backbone reads them; give tensors, or set "

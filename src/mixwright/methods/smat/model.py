@@ -25,7 +25,7 @@ from mixwright.config import encode
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
-from mixwright.methods.smat.fresh import Experts, fresh_experts
+from mixwright.methods.smat.fresh import Experts, fresh_experts, refuse_huge
 from mixwright.routers.support_set import SupportSetRouter
 from mixwright.routing import Routing
 
@@ -46,6 +46,7 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     shapes = maskable(backbone, config.include, config.exclude)
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
+    refuse_huge(shapes, config)
     router = SupportSetRouter(width, config.experts, config.seed).to(device)
     deltas = fresh_experts(config, shapes).to(device)
     if config.router == "uniform":
