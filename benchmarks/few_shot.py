@@ -2,6 +2,7 @@
 
 python -m benchmarks.few_shot --pretrain --out DIR  # the backbone, about five minutes of one core
 python -m benchmarks.few_shot                       # the comparison; goes on from --cache where it was cut
+python -m benchmarks.few_shot --rows "SMAT, both"   # only these rows, as routed and with all experts alike
 python -m benchmarks.few_shot --report              # the tables of the method's README, from the cache or the JSON
 python -m benchmarks.few_shot --quick               # a walk through everything; its numbers say nothing
 python -m benchmarks.few_shot --first-seed 7        # other seeds; their cells, rows and JSON lie apart in --cache
@@ -34,10 +35,12 @@ from benchmarks.few_shot_backbone import Pretraining, empty_vit, pretrain
 from benchmarks.few_shot_exam import Exams, Score, Weights
 from benchmarks.few_shot_glyphs import FONTS, STYLES, Drawing, World, world
 from benchmarks.few_shot_rows import (
+    LONG,
     MAIN,
     MORE,
     PMF,
     PMF_KD,
+    ROUTED,
     SMAT,
     Budget,
     Row,
@@ -67,7 +70,7 @@ class Sizes:
     routed_episodes: int = 150
     """Of pools other than SMAT, which need a pass for every episode."""
     curve_episodes: int = 50
-    tuned_episodes: int = 3
+    tuned_episodes: int = 15
     seeds: int = 2
     first_seed: int = 0
 
@@ -104,11 +107,26 @@ class Bench:
             key = f"dial|{row.name}|{share}|{seed}"
             cells.take(key, lambda share=share: plain(self.exams.fixed(self._between(row, seed, share))))
 
+    def routed_dials(self, cells: Cells, row: Row, seed: int) -> None:
+        """The same dial on what each support set chooses."""
+        for share in DIALS:
+
+            def measure(share: float = share) -> dict[str, Any]:
+                routed = partial(self.trainer.trained(row, seed).routed, strength=share)
+                return plain(self.exams.chosen(routed, self.sizes.routed_episodes))
+
+            cells.take(f"routed dial|{row.name}|{share}|{seed}", measure)
+
     def alike(self, cells: Cells, row: Row, seed: int) -> None:
         """A variant of the pool, all experts alike: what the masks are worth, without a pass for every episode."""
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
         key = f"direct|{row.name}, uniform mixture|{seed}"
         cells.take(key, lambda: plain(self.exams.fixed(self._uniform(row, seed))))
+
+    def both_ways(self, cells: Cells, row: Row, seed: int) -> None:
+        """A variant of the pool as its router chooses, and with all experts alike."""
+        self.direct(cells, row, seed)
+        self.alike(cells, row, seed)
 
     def ablations(self, cells: Cells, row: Row, seed: int) -> None:
         """A pool with all experts alike, and with masks of 0 and 1."""
@@ -124,7 +142,7 @@ class Bench:
 
     def curve(self, cells: Cells, row: Row, seed: int) -> None:
         """Accuracy by the number of tasks seen, on the first test episodes."""
-        for tasks in self.budget.snapshots:
+        for tasks in row.budget(self.budget).snapshots:
 
             def at(tasks: int = tasks) -> dict[str, Any]:
                 found = self.trainer.trained(row, seed)
@@ -201,17 +219,18 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     first = bench.sizes.first_seed
     seeds = range(first, first + bench.sizes.seeds)
     if backwards:
-        for seed in seeds:
-            for row in reversed(MAIN[3:]):
-                bench.direct(cells, row, seed)
+        for row in (*reversed(MAIN), None):
+            bench.tuned(cells, row, first)
+        for row in reversed(MAIN[3:]):
+            bench.direct(cells, row, seeds[-1])
         return
     cells.take("direct|pretrained|0", lambda: plain(bench.exams.fixed(None)))
     for seed in seeds:
         for row in MAIN[:3]:
             bench.direct(cells, row, seed)
             bench.dials(cells, row, seed)
-        if seed == first:
-            bench.ablations(cells, row_named(SMAT), seed)
+        bench.ablations(cells, row_named(SMAT), seed)
+        bench.routed_dials(cells, row_named(SMAT), seed)
     for row in MAIN[3:6]:
         bench.direct(cells, row, first)
     for row in (None, *MAIN[:3]):
@@ -220,14 +239,19 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.direct(cells, row, first)
     for name in CURVES:
         bench.curve(cells, row_named(name), first)
-    for row in MORE[:3]:
-        bench.alike(cells, row, first)
-    for seed in seeds[1:]:
+    for row in (*MORE, *ROUTED):
+        bench.both_ways(cells, row, first)
+    for seed in seeds:
         for row in MAIN[3:]:
             bench.direct(cells, row, seed)
+            bench.dials(cells, row, seed)
+    for row in LONG:
+        bench.direct(cells, row, first)
+        bench.curve(cells, row, first)
+    for seed in seeds[1:]:
+        for row in (*LONG[:3], *ROUTED, *MORE):
+            bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), first, 0.5)
-    for row in MORE[3:]:
-        bench.alike(cells, row, first)
     for row in MAIN[3:]:
         bench.tuned(cells, row, first)
 
@@ -285,6 +309,7 @@ def main() -> None:
     parser.add_argument("--held-out-scripts", action="append", default=[], help=styles)
     parser.add_argument("--fonts", type=Path, default=FONTS, help="folder of .ttf files")
     parser.add_argument("--backwards", action="store_true", help="the last rows first, beside a second process")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; no file of results is written")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="print the tables of what is in the cache")
     given = parser.parse_args()
@@ -316,6 +341,11 @@ def main() -> None:
     sizes, budget = Sizes(seeds=given.seeds, first_seed=given.first_seed), Budget()
     bench = Bench(drawn, partial(opened, vit), budget, sizes, own / "few_shot_rows")
     cells = Cells(file, time.time() + 60 * given.minutes)
+    if given.rows:
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
+            for name in given.rows:
+                bench.both_ways(cells, row_named(name), seed)
+        return
     try:
         run(bench, cells, given.backwards)
     finally:

@@ -24,6 +24,7 @@ from mixwright.data.episode_batches import episode_batches
 from mixwright.data.episode_samplers import VariableEpisodes
 from mixwright.data.episodes import EpisodeSource
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.fresh import set_masks
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.recipe import groups, stages
@@ -59,8 +60,17 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     masks_of: str = ""
     """`fisher`, or the name of the row whose largest changes are kept."""
+    times: int = 1
+    """It learns from so many times the budget's tasks."""
 
-    def config(self, budget: Budget, seed: int) -> SmatConfig:
+    def budget(self, usual: Budget) -> Budget:
+        """How long it is meta-tuned."""
+        snapshots = tuple(self.times * count for count in usual.snapshots)
+        return replace(usual, tasks=self.times * usual.tasks, snapshots=snapshots)
+
+    def config(self, usual: Budget, seed: int) -> SmatConfig:
+        """The method's settings."""
+        budget = self.budget(usual)
         shared = {
             "features": "cls",
             "experts": budget.experts,
@@ -100,6 +110,20 @@ MORE = (
     Row("SMAT, masks come back", {"regrowth": 0.1}),
     Row("SMAT, 8 experts", {"experts": 8}),
 )
+APART: dict[str, Any] = {"diversity": 0.3}
+ROUTED = (
+    Row("SMAT, experts apart", APART),
+    Row("SMAT, mixtures per layer", {"mixture": "block"}),
+    Row("SMAT, both", APART | {"mixture": "block"}),
+)
+"""Not of the paper; about what the router chooses among, so measured as it chooses."""
+LONG = (
+    Row(f"{PMF}, 4 x tasks", ONE | PLAIN, times=4),
+    Row(f"{SMAT}, 4 x tasks", times=4),
+    Row(f"{PMF_KD}, 4 x tasks", ONE, times=4),
+    Row("post-hoc sparse, 4 x tasks", GIVEN | PLAIN, masks_of=f"{PMF}, 4 x tasks", times=4),
+)
+"""Learning that goes on until it has nearly converged."""
 
 
 @dataclass
@@ -178,7 +202,7 @@ class Trainer:
             return Trained(model.eval(), kept["snapshots"], kept["cpu_seconds"], kept["loss"])
         model = self.model(row, seed)
         config = row.config(self.budget, seed)
-        made = meta_tuned(model, config, self.episodes(seed), self.budget, seed)
+        made = meta_tuned(model, config, self.episodes(seed), row.budget(self.budget), seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = {"state": state_of(model), "snapshots": made.snapshots}
         torch.save(kept | {"cpu_seconds": made.cpu_seconds, "loss": made.loss}, file)
@@ -206,6 +230,7 @@ def meta_tuned(model: FewShotModel, config: SmatConfig, source: EpisodeSource, b
     """The model through the product's stage *meta-tune*."""
     (stage, *_) = stages(config)
     stage = replace(stage, groups=groups(config, model))
+    assert isinstance(stage.objective, EpisodeLoss)
     watched = _Watched(stage.objective, budget.snapshots)
     batches, settings = episode_batches(source, length=budget.tasks), TrainConfig(accumulate=budget.accumulate)
     started = time.process_time()
@@ -217,15 +242,20 @@ def meta_tuned(model: FewShotModel, config: SmatConfig, source: EpisodeSource, b
 class _Watched:
     """An objective that keeps the state of the model when so many tasks have been seen."""
 
-    def __init__(self, objective: Callable[[Any, Any], Tensor], at: Sequence[int]) -> None:
+    def __init__(self, objective: EpisodeLoss, at: Sequence[int]) -> None:
         self.objective, self.at, self.seen = objective, set(at), 0
         self.kept: dict[int, State] = {}
 
+    at_once = EpisodeLoss.at_once
+
     def __call__(self, model: Any, batch: Any) -> Tensor:
+        return self.together(model, [batch])
+
+    def together(self, model: Any, batches: Sequence[Any]) -> Tensor:
         if self.seen in self.at:
             self.kept[self.seen] = state_of(model)
-        self.seen += 1
-        return self.objective(model, batch)
+        self.seen += len(batches)
+        return self.objective.together(model, batches)
 
 
 def read(items: Sequence[Tensor], generator: Generator | None = None) -> Tensor:
@@ -252,7 +282,7 @@ def load(model: FewShotModel, state: Mapping[str, Tensor]) -> None:
 
 
 def row_named(name: str) -> Row:
-    return next(row for row in (*MAIN, *MORE) if row.name == name)
+    return next(row for row in (*MAIN, *MORE, *ROUTED, *LONG) if row.name == name)
 
 
 def between(base: Weights, tuned: Weights, share: float) -> Weights:

@@ -124,7 +124,12 @@ def dial(cells: Cells) -> str:
         return ""
     base = named[PRETRAINED]
     points = {name: scores for name, scores in named.items() if name != PRETRAINED}
-    dialled = {name.replace("SMAT|", "SMAT, uniform mixture|"): scores for name, scores in found(cells, "dial").items()}
+    pools = ("SMAT", "random masks", "soft merging")
+    dialled = {
+        "|".join([f"{name}, uniform mixture" if name in pools else name, share]): scores
+        for (name, share), scores in ((key.split("|"), scores) for key, scores in found(cells, "dial").items())
+    }
+    dialled |= found(cells, "routed dial")
     points |= {name.replace("|", " at "): scores for name, scores in dialled.items()}
     places = {
         name: tuple(mean(scores, domains, base).value for domains in GROUPS.values()) for name, scores in points.items()
@@ -157,8 +162,9 @@ def learning(cells: Cells) -> str:
     for count in [0, *tasks, -1]:
         row = [str(count) if count >= 0 else "all"]
         for name in named:
-            scores = cut(direct[PRETRAINED] if count == 0 else direct[name] if count < 0 else curves[f"{name}|{count}"])
-            row.append(" / ".join(f"{mean(scores, domains).value:.1f}" for domains in GROUPS.values()))
+            seen = direct[PRETRAINED] if count == 0 else direct[name] if count < 0 else curves.get(f"{name}|{count}")
+            means = [] if seen is None else [mean(cut(seen), domains).value for domains in GROUPS.values()]
+            row.append(" / ".join(f"{value:.1f}" for value in means) or "-")
         rows.append(row)
     title = (
         f"Learning: in / out of distribution / retention by tasks seen, {number} episodes a domain, seed "

@@ -6,8 +6,9 @@
 
 A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode.
 P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with momentum over the backbone's
-own weights. A step is `accumulate` (4) episodes, forward and backward, and one update (clipping and SGD over masks,
-shared change, multipliers, AdamW over the router); the two are measured apart, medians put together.
+own weights. A step is `accumulate` (4) episodes, forward and backward, which the pool merges weights for at once, and
+one update (clipping and SGD over masks, shared change, multipliers, AdamW over the router); the two are measured apart,
+medians put together.
 `network` is what passes of the backbone alone would say, counting a forward pass of an item as 1 and a backward pass
 as 2: what is above it are merging, its gradient and the constraint, which do not grow with the images.
 
@@ -82,7 +83,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def plain_step(backbone: nn.Module, given: Any) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One episode of P>M>F, forward and backward, and its update."""
+    """The episodes of an update of P>M>F, one after another, forward and backward, and its update."""
     from mixwright.ops.prototypes import class_means, cosine_scores
 
     parameters = [p for name, p in backbone.named_parameters() if not name.startswith("pooler")]
@@ -90,6 +91,10 @@ def plain_step(backbone: nn.Module, given: Any) -> tuple[Callable[[], object], C
     items, shots = torch.cat([given.support, given.query]), len(given.labels)
 
     def learn() -> None:
+        for _ in range(EPISODES):
+            once()
+
+    def once() -> None:
         for parameter in parameters:
             parameter.requires_grad_(True)
         features = backbone(items).last_hidden_state[:, 0]
@@ -106,7 +111,7 @@ def plain_step(backbone: nn.Module, given: Any) -> tuple[Callable[[], object], C
 
 
 def pool_step(model: Any, given: Any) -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
-    """One episode of each contender, and the update that they share."""
+    """The episodes of an update of each contender, and the update that they share."""
     from mixwright.methods.smat.config import SmatConfig
     from mixwright.methods.smat.episode_loss import EpisodeLoss
     from mixwright.methods.smat.recipe import groups, stages
@@ -136,7 +141,7 @@ def pool_step(model: Any, given: Any) -> tuple[dict[str, Callable[[], object]], 
         loss = EpisodeLoss(SmatConfig(experts=EXPERTS, **settings))
         if loss.config.frozen_cache:
             loss.frozen(model, join(given.support, given.query))
-        return lambda: loss(model, given).backward()
+        return lambda: loss.together(model, [given] * EPISODES).backward()
 
     return {name: contender(settings) for name, settings in CONTENDERS.items()}, update
 
@@ -172,11 +177,11 @@ def steps(given: argparse.Namespace, backbone: nn.Module) -> Iterator[dict[str, 
 def _summed(given: argparse.Namespace, found: Any, updates: Any) -> dict[str, Any]:
     once = {name: statistics.median(values) for name, values in found.items()}
     turns = {kind: statistics.median(values) for kind, values in updates.items()}
-    whole = {n: EPISODES * s + turns[PLAIN if n == PLAIN else "pool"] for n, s in once.items()}
+    whole = {n: s + turns[PLAIN if n == PLAIN else "pool"] for n, s in once.items()}
     shots, queries = WAYS * given.shots, WAYS * given.queries
     rows = {
         name: {
-            "episode_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / whole[PLAIN],
+            "episodes_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / whole[PLAIN],
             "network": 1.0 if name == PLAIN else network(CONTENDERS[name], shots, queries), "bar": BARS.get(name),
         }
         for name in found

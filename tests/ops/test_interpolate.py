@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixwright.ops import interpolate as module
 from mixwright.ops.hard_concrete import mask
-from mixwright.ops.interpolate import added, coefficient, interpolate, interpolate_plain
+from mixwright.ops.interpolate import added, coefficient, interpolate, interpolate_each, interpolate_plain
 
 SHAPES = [(7, 13), (1,), (129,), (3, 2, 5, 3), (0, 4), ()]
 UNITS = {"weight": lambda shape: shape, "row": lambda shape: shape[:1], "tensor": lambda shape: ()}
@@ -47,6 +47,33 @@ def test_value_and_gradients_equal_autograd(shape, granularity, chunk, monkeypat
         torch.autograd.grad(value, tensors, above), torch.autograd.grad(plain, tensors, above), strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 15])
+@pytest.mark.parametrize("shape,granularity", list(itertools.product(SHAPES, UNITS)))
+def test_several_episodes_at_once_equal_autograd_of_each(shape, granularity, chunk, monkeypatch, buffers_of_nan):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    base, delta, logits, weights = case(shape, granularity)
+    tensors = [t.requires_grad_() for t in (base, delta, logits, torch.stack([weights, weights.flip(0), weights**2]))]
+    values = interpolate_each(*tensors, strength=0.7)
+    plain = [interpolate_plain(*tensors[:3], each, strength=0.7) for each in tensors[3]]
+    above = [torch.randn_like(base) for _ in plain]
+    torch.testing.assert_close(values, tuple(plain), rtol=1e-10, atol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(values, tensors, above), torch.autograd.grad(plain, tensors, above), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_episode_that_nobody_learns_from_adds_nothing():
+    base, delta, logits, weights = (t.requires_grad_() for t in case((5, 3), "weight"))
+    first, _ = interpolate_each(base, delta, logits, torch.stack([weights, 1 - weights]))
+    got = torch.autograd.grad(first.square().sum(), [base, delta, logits, weights])
+    alone = interpolate_plain(base, delta, logits, weights)
+    for mine, theirs in zip(
+        got, torch.autograd.grad(alone.square().sum(), [base, delta, logits, weights]), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("granularity", UNITS)

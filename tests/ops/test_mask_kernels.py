@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mixwright.ops import kernels, mask_kernels
 from mixwright.ops.hard_concrete import DEAD, expected_l0, hard_count, mask
-from mixwright.ops.interpolate import interpolate, interpolate_plain
+from mixwright.ops.interpolate import interpolate, interpolate_each, interpolate_plain
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,21 @@ def test_it_agrees_with_autograd_at_odd_sizes(native, units, experts, seed):
 def test_it_agrees_over_many_chunks_and_buffers_of_nan(native, buffers_of_nan, regrowth):
     del native, buffers_of_nan
     agree(3 * mask_kernels._CHUNK + 517, 8, 0, regrowth)
+
+
+@pytest.mark.parametrize("episodes", [2, mask_kernels.MOST_EPISODES, mask_kernels.MOST_EPISODES + 3])
+def test_several_episodes_at_once_agree_with_each_alone(native, buffers_of_nan, episodes):
+    del native, buffers_of_nan
+    base, delta, logits, _ = case(mask_kernels._CHUNK + 517, 5)
+    weights = torch.rand(episodes, 5, generator=torch.Generator().manual_seed(3))
+    weights[1, 2], weights[:, 4] = 0, 0
+    found = [tensor.requires_grad_() for tensor in (base, delta, logits, weights)]
+    values = interpolate_each(*found, strength=0.6)
+    alone = [interpolate(base, delta, logits, each, 0.6) for each in weights]
+    assert all(torch.equal(one, other) for one, other in zip(values, alone, strict=True))
+    above = [torch.randn(len(base), generator=torch.Generator().manual_seed(seed)) for seed in range(episodes)]
+    for mine, theirs in zip(*(torch.autograd.grad(some, found, above) for some in (values, alone)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=5e-6 * (1 + theirs.abs().max().item()), rtol=1e-5)
 
 
 def test_masks_end_where_the_plain_ones_do(native):
@@ -151,3 +166,10 @@ def test_what_does_not_fit_goes_the_plain_way(calls):
         interpolate(*(tensor.requires_grad_(i == 1) for i, tensor in enumerate(other)))
     interpolate(base, delta, logits, weights, noise=1)
     assert calls == []
+
+
+def test_the_masks_of_several_episodes_are_passed_over_once(calls):
+    base, delta, logits, weights = (tensor.requires_grad_() for tensor in case(700, 3))
+    values = interpolate_each(base, delta, logits, torch.stack([weights] * 4))
+    torch.stack(values).sum().backward()
+    assert calls == ["interpolate", "interpolate_backward"]

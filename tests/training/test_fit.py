@@ -84,6 +84,33 @@ def test_the_loss_is_weighted_by_targets_over_accumulated_passes() -> None:
     assert sorted(gradients) == [-1.0, 0.25]  # each pass divided by the 4 targets of the step
 
 
+class Joint:
+    """An objective that takes two batches at once."""
+
+    at_once = 2
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def __call__(self, model: Plane, batch: Batch) -> Tensor:
+        self.given.append(1)
+        return plane_loss(model, batch)
+
+    def together(self, model: Plane, batches: Sequence[Batch]) -> Tensor:
+        self.given.append(len(batches))
+        return torch.stack([plane_loss(model, batch) for batch in batches]).sum()
+
+
+def test_an_objective_that_takes_several_batches_is_given_them_and_learns_the_same() -> None:
+    joint, plain = Joint(), Plane()
+    model = Plane()
+    fit(model, stage(objective=joint, steps=3), numbers([2.0, 1.0, 3.0]), config=TrainConfig(accumulate=3))
+    fit(plain, stage(steps=3), numbers([2.0, 1.0, 3.0]), config=TrainConfig(accumulate=3))
+    assert joint.given == [2, 1] * 3
+    torch.testing.assert_close(model.a, plain.a)
+    assert model.a.item() != 0.0
+
+
 def test_a_loss_that_is_not_finite_stops_with_weights_and_checkpoint_intact(tmp_path: Path) -> None:
     seen: list[int] = []
 

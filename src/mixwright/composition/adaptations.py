@@ -16,13 +16,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_ .-]{0,99}")
 
 @dataclass(frozen=True)
 class Adaptation:
-    """`weights` (experts,) of the mixture at `strength`, and class prototypes under it at `temperature`.
+    """`weights` of the mixture, or of each block's, at `strength`, and class prototypes under it at `temperature`.
 
     `held_out`: cosines of support items to prototypes made without them, and `held_out_labels`, where they were taken:
     by them a classifier knows when to abstain.
     """
 
-    weights: Float[Tensor, " experts"]
+    weights: Float[Tensor, " *blocks experts"]
     prototypes: Float[Tensor, "ways width"]
     classes: tuple[str, ...]
     strength: float = 1.0

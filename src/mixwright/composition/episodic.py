@@ -106,10 +106,21 @@ class EpisodicModel(ComposedModel):
     def weights_for(self, routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters of the backbone under a routing: pretrained + strength * (their change).
 
-        Those that are forbidden are left out: they stay as pretrained.
+        Those that are forbidden are left out: they stay as pretrained. Raises ValueError for a routing whose decision
+        axes are not the experts' blocks.
         """
-        found = self.mixture.weights(self._rollback.pristine(), routing, strength)
-        return {name: tensor for name, tensor in found.items() if name not in self._forbidden}
+        self.mixture.experts.by_block(routing.dense())
+        return self._changeable(self.mixture.weights(self._rollback.pristine(), routing, strength))
+
+    def weights_for_each(self, routings: Sequence[Routing], strength: float = 1.0) -> list[dict[str, Tensor]]:
+        """`weights_for` under each of several routings, which share what work they can."""
+        for routing in routings:
+            self.mixture.experts.by_block(routing.dense())
+        found = self.mixture.weights_each(self._rollback.pristine(), routings, strength)
+        return [self._changeable(weights) for weights in found]
+
+    def _changeable(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in weights.items() if name not in self._forbidden}
 
     def forbid(self, *patterns: str) -> tuple[str, ...]:
         """No adaptation changes the parameters that these globs name, until the next call; without any, all may change.
@@ -336,8 +347,6 @@ class EpisodicModel(ComposedModel):
         if not isinstance(strength, Real) or not 0 <= strength <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]  a border
             raise ValueError(f"strength {strength!r}: expected 0 (the pretrained model) to 1.")
         strength = float(strength)
-        if routing.num_experts != len(self.experts) or routing.dense().shape != (len(self.experts),):
-            raise ValueError(f"a routing of {tuple(routing.dense().shape)}; expected ({len(self.experts)},).")
         with eval_mode(self.mixture.experts):
             return routing, self.weights_for(routing, strength)
 

@@ -1,6 +1,6 @@
 """A mixture in parameter space joins a base, a router and changes of the base's parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class ParameterMixture(nn.Module):
     def weights(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """The parameters that change, with `base` as theta; gradients reach router and experts."""
         return self.experts.onto(base, routing, strength)
+
+    def weights_each(
+        self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
+    ) -> list[dict[str, Tensor]]:
+        """`weights` under each of several routings, which share what work they can."""
+        return self.experts.onto_each(base, routings, strength)
 
     def forward(self, x: Tensor, condition: Condition, *args: Any, **kwargs: Any) -> Any:
         """Route by `x`, change the parameters, run the base on the other arguments."""

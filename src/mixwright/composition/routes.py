@@ -8,10 +8,12 @@ from torch import Tensor
 
 from mixwright.backbones.eval_mode import eval_mode
 from mixwright.composition.episodic import EpisodicModel
-from mixwright.composition.route import Route
+from mixwright.composition.route import Route, RoutedBlocks
 from mixwright.composition.seen_tasks import SeenTasks
 from mixwright.composition.support import Given
 from mixwright.data.episodes import Episode
+from mixwright.experts.base import AbstractDeltas
+from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.ops.prototypes import class_means
 from mixwright.routing import Condition, Routing, SupportSet
 
@@ -30,13 +32,19 @@ def find_route(model: EpisodicModel, support: Given, *, resamples: int = 32, see
     with eval_mode(model.mixture.router):
         routing = model.routing(known.support, features)
         drawn = _resampled(model, features, labels, resamples, seed)
-    spread = drawn.std(0) if resamples > 1 else torch.zeros_like(routing.dense())
+    experts = model.mixture.experts
+    blocks, weights = _blocks(experts), routing.dense()
+    if blocks is not None:
+        weights = experts.by_block(weights)
+        routing = Routing(weights, routing.num_experts)
+    spread = drawn.std(0) if resamples > 1 else torch.zeros_like(weights)
     seen = SeenTasks.read(model.whole)
     return Route(
         routing=routing,
         names=model.experts,
-        norms=routing.dense() * model.mixture.experts.norms(),
-        spread=spread,
+        norms=weights * experts.norms() if blocks is None else blocks.moved(weights),
+        spread=spread if blocks is None else blocks.mean(spread),
+        blocks=blocks,
         novelty=None if seen is None else seen.novelty(task_point(features, labels)),
         classes=known.classes,
     )
@@ -62,14 +70,22 @@ def remember_tasks(model: EpisodicModel, episodes: Iterable[Episode]) -> int:
 
 def _resampled(
     model: EpisodicModel, features: Tensor, labels: Tensor, resamples: int, seed: int
-) -> Float[Tensor, "resamples experts"]:
+) -> Float[Tensor, "resamples *blocks experts"]:
     """The weights of each drawn support. What was put in the router's place, or traced, is not asked again."""
     draw = torch.Generator().manual_seed(seed)
+    experts = model.mixture.experts
     found: list[Tensor] = []
     for _ in range(resamples):
         rows = torch.randint(len(labels), (len(labels),), generator=draw).to(labels.device)
         _, compact = labels[rows].unique(return_inverse=True)
         condition = Condition(support=SupportSet(None, compact))
         routing: Routing = model.channel.override or model.mixture.router(features[rows], condition)
-        found.append(routing.dense())
+        found.append(experts.by_block(routing.dense()) if experts.blocks else routing.dense())
     return torch.stack(found) if found else features.new_zeros(0, len(model.experts))
+
+
+def _blocks(experts: AbstractDeltas) -> RoutedBlocks | None:
+    if not isinstance(experts, SparseDeltas) or not experts.blocks:
+        return None
+    norms = experts.norms_by_block()
+    return RoutedBlocks(experts.blocks, norms.new_tensor(experts.shares), norms)

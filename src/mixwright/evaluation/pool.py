@@ -46,7 +46,10 @@ class PoolTensor:
 
 @dataclass(frozen=True)
 class PoolTasks:
-    """Tasks by the mixture that each gets: half the sum of absolute differences, and the tree over it."""
+    """Tasks by the mixture that each gets: half the sum of absolute differences, and the tree over it.
+
+    Where each block of the backbone has a mixture of its own, both are means over the blocks.
+    """
 
     names: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
@@ -120,7 +123,7 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
         chance=_rows(found.chance),
         tensors=_tensors(model, deltas, at),
         mixture="every expert alike" if shown is None else shown,
-        tasks=_tasks(mixtures),
+        tasks=_tasks(deltas, mixtures),
         composition={
             "method": model.composition.method,
             "backbone": {**model.composition.backbone, "fingerprint": model.fingerprint},
@@ -190,7 +193,7 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas | DenseDeltas, routing: 
         else:
             masks, each = _units(deltas, name)
             delta = deltas.change_of(name).detach().cpu().float().reshape(-1, each)
-            moved = (weights.to(masks.dtype) @ masks)[:, None] * delta
+            moved = (deltas.weights_at(name, weights).to(masks.dtype) @ masks)[:, None] * delta
         size = float(base[name].detach().float().norm())
         if size == 0 or name in model.forbidden:
             continue
@@ -199,12 +202,13 @@ def _tensors(model: EpisodicModel, deltas: SparseDeltas | DenseDeltas, routing: 
     return tuple(sorted(found, key=lambda one: -one.change)[:TOP])
 
 
-def _tasks(mixtures: Mapping[str, Routing]) -> PoolTasks:
+def _tasks(deltas: SparseDeltas | DenseDeltas, mixtures: Mapping[str, Routing]) -> PoolTasks:
     names = tuple(mixtures)
     if not names:
         return PoolTasks((), (), (), (), ())
-    weights = torch.stack([mixtures[name].dense().cpu().double() for name in names])
-    distances = (weights[:, None] - weights[None]).abs().sum(-1) / 2
+    by_block = torch.stack([deltas.by_block(mixtures[name].dense().cpu().double()) for name in names])
+    weights = deltas.mean_over_blocks(by_block)
+    distances = deltas.mean_over_blocks((by_block[:, None] - by_block[None]).abs()).sum(-1) / 2
     merges = tuple(average_linkage(distances))
     order = tuple(leaf_order(merges, len(names))) if merges else (0,)
     return PoolTasks(names, _rows(weights), _rows(distances), merges, order)

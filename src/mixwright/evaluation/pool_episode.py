@@ -100,7 +100,7 @@ def explain_episode(
             weight=float(weights[m]),
             spread=float(route.spread[m]),
             norm=float(route.norms[m]),
-            without=_without(model, known, query, weights, m),
+            without=_without(model, known, query, route.routing.dense(), m),
         )
         for m, expert in enumerate(model.experts)
     )
@@ -117,18 +117,23 @@ def explain_episode(
         novelty="novelty unknown: the pool remembers no tasks" if route.novelty is None else str(route.novelty),
         experts=experts,
         dial=dial,
-        moving=_moving(model, support, weights, items),
+        moving=_moving(model, support, route.routing.dense(), items),
     )
 
 
 def _without(
-    model: EpisodicModel, support: SupportSet, query: SupportSet | None, weights: Float[Tensor, " experts"], m: int
+    model: EpisodicModel,
+    support: SupportSet,
+    query: SupportSet | None,
+    weights: Float[Tensor, " *blocks experts"],
+    m: int,
 ) -> Measured | None:
     rest = weights.clone()
-    rest[m] = 0
-    if float(rest.sum()) <= 0:
+    rest[..., m] = 0
+    total = rest.sum(-1, keepdim=True)
+    if not bool((total > 0).all()):
         return None
-    return _measure(model, support, query, Routing(rest / rest.sum(), len(weights)), 1.0)
+    return _measure(model, support, query, Routing(rest / total, weights.shape[-1]), 1.0)
 
 
 def _measure(
@@ -165,10 +170,10 @@ def _each_left_out(
 
 
 def _moving(
-    model: EpisodicModel, support: Labelled, weights: Float[Tensor, " experts"], names: Sequence[str]
+    model: EpisodicModel, support: Labelled, weights: Float[Tensor, " *blocks experts"], names: Sequence[str]
 ) -> tuple[MovingItem, ...]:
     """The examples without which the mixture would be another one."""
-    labels = support.support.labels
+    labels, experts = support.support.labels, model.mixture.experts
     features = model.frozen_features(support.support.inputs)
     found: list[MovingItem] = []
     with eval_mode(model.mixture.router):
@@ -178,7 +183,7 @@ def _moving(
                 continue
             _, compact = labels[rest].unique(return_inverse=True)
             routing = model.routing(replace(support.support, labels=compact), features[rest])
-            moves = float((routing.dense() - weights).abs().sum()) / 2
+            moves = float(experts.mean_over_blocks(experts.by_block(routing.dense() - weights).abs()).sum()) / 2
             name = names[place] if place < len(names) else f"item {place}"
             found.append(MovingItem(place, name, support.classes[int(labels[place])], moves))
     return tuple(sorted(found, key=lambda one: -one.moves)[:_ITEMS])

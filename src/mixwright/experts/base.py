@@ -1,7 +1,7 @@
 """What every kind of experts promises."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class AbstractDeltas(nn.Module, ABC):
     num_experts: int
     names: tuple[str, ...]
     frozen: Tensor
+    blocks: tuple[str, ...] = ()
+    """Parts of the base that may each have a mixture of their own; none: one mixture holds for all of it."""
 
     @abstractmethod
     def forward(self, routing: Routing) -> dict[str, Tensor]:
@@ -60,6 +62,12 @@ class AbstractDeltas(nn.Module, ABC):
     def onto(self, base: Mapping[str, Tensor], routing: Routing, strength: float = 1.0) -> dict[str, Tensor]:
         """theta + strength * change, of the parameters that change: theta's dtype, and its bits where change is 0."""
         return {name: added(base[name], change, strength) for name, change in self(routing).items()}
+
+    def onto_each(
+        self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
+    ) -> list[dict[str, Tensor]]:
+        """`onto` under each of several routings. Kinds for which that shares work do it at once."""
+        return [self.onto(base, routing, strength) for routing in routings]
 
     @abstractmethod
     def norms(self) -> Float[Tensor, " experts"]:
@@ -72,6 +80,22 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def freeze(self, expert: int, frozen: bool = True) -> None:
         """Keep an expert through training as it is now, or let it learn again."""
+
+    def by_block(self, weights: Float[Tensor, " *blocks experts"]) -> Float[Tensor, "rows experts"]:
+        """A mixture for each block, one row where there are none; one mixture for all is repeated.
+
+        Raises ValueError for another shape.
+        """
+        rows = max(1, len(self.blocks))
+        alike, apart = (self.num_experts,), (rows, self.num_experts)
+        if weights.shape != alike and not (self.blocks and weights.shape == apart):
+            expected = f"{alike} or, one for each block, {apart}" if self.blocks else f"{alike}"
+            raise ValueError(f"a routing of {tuple(weights.shape)}; expected {expected}.")
+        return weights.expand(apart)
+
+    def mean_over_blocks(self, values: Float[Tensor, "*some rows experts"]) -> Float[Tensor, "*some experts"]:
+        """Of what `by_block` gives, or what is made from it: blocks count by the weights that they hold."""
+        return values.squeeze(-2)
 
 
 def key_of(name: str) -> str:

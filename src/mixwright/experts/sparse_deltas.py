@@ -1,6 +1,6 @@
 """Sparse interpolated experts: many masks over one change of all weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mixwright.experts.base import AbstractDeltas, key_of
 from mixwright.experts.members import Members
 from mixwright.ops.hard_concrete import LIMIT, expected_l0, hard_count, mask
-from mixwright.ops.interpolate import interpolate
+from mixwright.ops.interpolate import interpolate, interpolate_each
+from mixwright.ops.mask_overlap import expected_overlap
 from mixwright.ops.membership import interpolate_members, is_quick, sums_of
 from mixwright.routing import Routing
 
@@ -27,7 +28,8 @@ class SparseDeltas(AbstractDeltas):
     are `frozen` stay what they are through training: their masks, and the change wherever they act.
 
     `noise`: in training, masks are drawn with concrete noise. `regrowth`: the slope with which masks at 0 and at 1
-    still feel the task, since nothing else would bring a dead one back.
+    still feel the task, since nothing else would bring a dead one back. `block_of`: the block of each parameter, where
+    a routing (blocks, experts) may mix each block by itself; the rows are in the order of `blocks`.
     """
 
     frozen: Tensor
@@ -41,6 +43,7 @@ class SparseDeltas(AbstractDeltas):
         *,
         noise: bool = False,
         regrowth: float = 0.0,
+        block_of: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
@@ -55,6 +58,10 @@ class SparseDeltas(AbstractDeltas):
         )
         self.multipliers = nn.Parameter(torch.zeros(num_experts))
         self.register_buffer("frozen", torch.zeros(num_experts, dtype=torch.bool), persistent=False)
+        self._block = dict.fromkeys(shapes, "") if block_of is None else {name: block_of[name] for name in shapes}
+        self.blocks = () if block_of is None else tuple(dict.fromkeys(self._block.values()))
+        sizes = [self.num_weights] if block_of is None else [self.size_of(block) for block in self.blocks]
+        self.shares = tuple(size / self.num_weights for size in sizes)
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._members = Members()
 
@@ -63,7 +70,7 @@ class SparseDeltas(AbstractDeltas):
         changes: dict[str, Tensor] = {}
         for name in self.names:
             delta, masks = self.change_of(name), self.masks(name)
-            share = torch.einsum("m,m...->...", routing.dense().to(masks.dtype), masks)
+            share = torch.einsum("m,m...->...", self.weights_at(name, routing.dense()).to(masks.dtype), masks)
             changes[name] = share.reshape(share.shape + (1,) * (delta.dim() - share.dim())) * delta
         return changes
 
@@ -71,22 +78,34 @@ class SparseDeltas(AbstractDeltas):
         """As the base class says; what no acting expert unmasks keeps its bits. Gradients by the leaf trick."""
         weights = routing.dense()
         if not self.training and not torch.is_grad_enabled():
-            return {name: self._served(name, base[name], weights, strength) for name in self.names}
-        seed = int(torch.randint(1 << 31, ())) if self.noise and self.training else None
+            return {n: self._served(n, base[n], self.weights_at(n, weights), strength) for n in self.names}
+        return self.onto_each(base, [routing], strength)[0]
+
+    def onto_each(
+        self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
+    ) -> list[dict[str, Tensor]]:
+        """`onto` under each routing: masks are made once for all of them, but where noise is drawn, for each anew."""
+        noisy = self.noise and self.training
+        if len(routings) > 1 and (noisy or not (self.training or torch.is_grad_enabled())):
+            return super().onto_each(base, routings, strength)
+        seed = int(torch.randint(1 << 31, ())) if noisy else None
         if self.training and not self._kept:
             self._keep()
-        return {
-            name: interpolate(
+        mixtures = [routing.dense() for routing in routings]
+        found: list[dict[str, Tensor]] = [{} for _ in routings]
+        for index, name in enumerate(self.names):
+            adapted = interpolate_each(
                 base[name],
                 self.change_of(name),
                 self.logits_of(name),
-                weights,
+                torch.stack([self.weights_at(name, mixture) for mixture in mixtures]),
                 strength,
                 noise=None if seed is None else seed + index,
                 regrowth=self.regrowth,
             )
-            for index, name in enumerate(self.names)
-        }
+            for each, tensor in zip(found, adapted, strict=True):
+                each[name] = tensor
+        return found
 
     def change_of(self, name: str) -> nn.Parameter:
         """The shared change of one parameter."""
@@ -96,6 +115,18 @@ class SparseDeltas(AbstractDeltas):
         """The mask logits of one parameter, (experts, *unit)."""
         return self.logits[key_of(name)]  # type: ignore[return-value]
 
+    def weights_at(self, name: str, weights: Float[Tensor, " *blocks experts"]) -> Float[Tensor, " experts"]:
+        """The mixture of one parameter: that of its block, where blocks have their own."""
+        return weights if weights.dim() == 1 else weights[self.blocks.index(self._block[name])]
+
+    def size_of(self, block: str) -> int:
+        """How many weights that may change lie in a block."""
+        return sum(self._size(name) for name in self.names if self._block[name] == block)
+
+    def mean_over_blocks(self, values: Float[Tensor, "*some rows experts"]) -> Float[Tensor, "*some experts"]:
+        """As the base class says."""
+        return (values.new_tensor(self.shares)[:, None] * values).sum(-2)
+
     def masks(self, name: str) -> Float[Tensor, " experts *unit"]:
         """z_m of one parameter."""
         return mask(self.logits_of(name))
@@ -104,6 +135,11 @@ class SparseDeltas(AbstractDeltas):
         """q_m: the smooth share of weights that act, by which the masks learn to be sparse."""
         total = self.num_weights
         parts = [expected_l0(self.logits_of(name)) * (self._size(name) / total) for name in self.names]
+        return torch.stack(parts).sum(0)
+
+    def expected_overlap(self) -> Float[Tensor, "experts experts"]:
+        """E_j[q_mj q_nj]: the smooth share of weights on which two experts both act."""
+        parts = [expected_overlap(self.logits_of(name)) * (self._size(name) / self.num_weights) for name in self.names]
         return torch.stack(parts).sum(0)
 
     @torch.no_grad()
@@ -118,11 +154,13 @@ class SparseDeltas(AbstractDeltas):
     @torch.no_grad()
     def norms(self) -> Float[Tensor, " experts"]:
         """|z_m * delta| of each expert."""
-        total = torch.zeros(self.num_experts, device=self.multipliers.device)
-        for name in self.names:
-            masks, delta = self.masks(name).float(), self.change_of(name).float().square()
-            total += masks.square().reshape(len(masks), -1) @ delta.reshape(max(masks[0].numel(), 1), -1).sum(1)
-        return total.sqrt()
+        return self._norms(self.names)
+
+    @torch.no_grad()
+    def norms_by_block(self) -> Float[Tensor, "blocks experts"]:
+        """The same inside each block."""
+        inside = ([name for name in self.names if self._block[name] == block] for block in self.blocks)
+        return torch.stack([self._norms(names) for names in inside])
 
     @property
     def num_weights(self) -> int:
@@ -175,6 +213,13 @@ class SparseDeltas(AbstractDeltas):
             for name in self.names:
                 logits, delta = self.logits_of(name).detach(), self.change_of(name).detach()
                 self._kept[name] = logits[self.frozen].clone(), delta.clone()
+
+    def _norms(self, names: Iterable[str]) -> Tensor:
+        total = torch.zeros(self.num_experts, device=self.multipliers.device)
+        for name in names:
+            masks, delta = self.masks(name).float(), self.change_of(name).float().square()
+            total += masks.square().reshape(len(masks), -1) @ delta.reshape(max(masks[0].numel(), 1), -1).sum(1)
+        return total.sqrt()
 
     def _size(self, name: str) -> int:
         return self.change_of(name).numel()

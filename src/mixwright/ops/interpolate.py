@@ -40,6 +40,22 @@ def interpolate(
     seed of concrete noise on the logits, as Louizos et al. train; None is none. `regrowth`: the slope with which masks
     at either end still feel the gradient, in place of 0, so that those which died can come back.
     """
+    return interpolate_each(base, delta, logits, weights[None], strength, noise=noise, regrowth=regrowth)[0]
+
+
+def interpolate_each(
+    base: Float[Tensor, "*shape"],
+    delta: Float[Tensor, "*shape"],
+    logits: Float[Tensor, " experts *unit"],
+    weights: Float[Tensor, "episodes experts"],
+    strength: float = 1.0,
+    *,
+    noise: int | None = None,
+    regrowth: float = 0.0,
+) -> tuple[Float[Tensor, "*shape"], ...]:
+    """`interpolate` for several episodes, each with weights of its own: masks are made once for all of them, and once
+    more for their gradients. `noise` is drawn once for all.
+    """
     unit = tuple(logits.shape[1:])
     if unit not in ((), tuple(base.shape[:1]), tuple(base.shape)):
         raise ValueError(
@@ -82,7 +98,7 @@ def _over(units: Tensor, parameter: Tensor) -> Tensor:
 
 
 class _Interpolate(torch.autograd.Function):
-    """`interpolate_plain`, and its gradient from theta's alone."""
+    """`interpolate_plain` of each episode, and their gradient from the adapted parameters' alone."""
 
     @staticmethod
     def forward(
@@ -94,77 +110,85 @@ class _Interpolate(torch.autograd.Function):
         strength: float,
         noise: int | None,
         regrowth: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(base, delta, logits, weights)
         ctx.how = strength, noise, regrowth
         with torch.autocast(base.device.type, enabled=False):
-            return interpolated(base, delta, logits, weights, strength, noise)
+            return tuple(_interpolated(base, delta, logits, weights, strength, noise))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         base, delta, logits, weights = ctx.saved_tensors
         (strength, noise, regrowth), wanted = ctx.how, ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(grads[0].device.type, enabled=False):
             if torch.is_grad_enabled():
-                plain = interpolate_plain(base, delta, logits, weights, strength, noise=noise)
-                return *_graphed(plain, (base, delta, logits, weights), grad, wanted[:4]), None, None, None
-            found = gradients(delta, logits, weights, strength, noise, regrowth, grad, wanted[1:4])
-            return grad.to(base.dtype) if wanted[0] else None, *found, None, None, None
+                plain = [interpolate_plain(base, delta, logits, each, strength, noise=noise) for each in weights]
+                return *_graphed(plain, (base, delta, logits, weights), grads, wanted[:4]), None, None, None
+            found = _gradients(delta, logits, weights, strength, noise, regrowth, grads, wanted[1:4])
+            to_base = sum(grads[1:], start=grads[0]).to(base.dtype) if wanted[0] else None
+            return to_base, *found, None, None, None
 
 
-def interpolated(
-    base: Tensor, delta: Tensor, logits: Tensor, weights: Tensor, strength: float, noise: int | None = None
-) -> Tensor:
-    """`interpolate`'s value."""
+def _interpolated(
+    base: Tensor, delta: Tensor, logits: Tensor, weights: Tensor, strength: float, noise: int | None
+) -> list[Tensor]:
+    """`interpolate_each`'s values."""
     dtype = _dtype(base, delta, logits)
     scale, masked = strength * weights.to(dtype), _units(logits)
     found = None if noise is not None else mask_kernels.interpolated(base, delta, logits, scale)
     if found is not None:
         return found
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    into, before, change = (_by_unit(tensor, masked) for tensor in (out, base, delta))
+    outs = [torch.empty_like(base, memory_format=torch.contiguous_format) for _ in weights]
+    before, change, *into = (_by_unit(tensor, masked) for tensor in (base, delta, *outs))
     for rows, parts, seen in _blocks(masked, change.shape[1], noise):
-        c = (scale @ mask(seen).to(dtype))[:, None]
+        coefficients = scale @ mask(seen).to(dtype)
         for columns in parts:
-            was, step = before[rows, columns], c * change[rows, columns].to(dtype)
-            moved = (was.to(dtype) + step).to(base.dtype)
-            torch.where((step == 0) | (c == 0), was, moved, out=into[rows, columns])
+            was, whole = before[rows, columns], change[rows, columns].to(dtype)
+            for c, out in zip(coefficients[:, :, None], into, strict=True):
+                step = c * whole
+                moved = (was.to(dtype) + step).to(base.dtype)
+                torch.where((step == 0) | (c == 0), was, moved, out=out[rows, columns])
     # A model in another memory format goes on in it: its convolutions would choose other sums.
-    return out if base.is_contiguous() else torch.empty_like(base).copy_(out)
+    return outs if base.is_contiguous() else [torch.empty_like(base).copy_(out) for out in outs]
 
 
-def gradients(
+def _gradients(
     delta: Tensor,
     logits: Tensor,
     weights: Tensor,
     strength: float,
     noise: int | None,
     regrowth: float,
-    grad: Tensor,
+    grads: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of delta, logits and weights, as far as `wanted`, from `grad`, that of the adapted parameter."""
-    dtype = _dtype(grad, delta, logits)
+    """The gradients of delta, logits and weights, as far as `wanted`, from `grads`, those of the adapted parameters."""
+    dtype = _dtype(grads[0], delta, logits)
     scale, masked = strength * weights.to(dtype), _units(logits)
-    native = None if noise is not None else mask_kernels.gradients(delta, logits, scale, grad, regrowth, wanted)
+    native = None if noise is not None else mask_kernels.gradients(delta, logits, scale, grads, regrowth, wanted)
     if native is not None:
         return *native[:2], (strength * native[2]).to(weights.dtype) if wanted[2] else None
     to_delta = torch.empty_like(delta, memory_format=torch.contiguous_format) if wanted[0] else None
     to_logits = torch.empty_like(masked, memory_format=torch.contiguous_format) if wanted[1] else None
     to_weights = torch.zeros_like(scale)
-    given, change = (_by_unit(tensor, masked) for tensor in (grad, delta))
+    change, *given = (_by_unit(tensor, masked) for tensor in (delta, *grads))
     filled = None if to_delta is None else _by_unit(to_delta, masked)
     for rows, parts, seen in _blocks(masked, change.shape[1], noise):
         z = mask(seen).to(dtype)
-        c, to_c = (scale @ z)[:, None], torch.zeros_like(z[0])
+        coefficients = scale @ z
+        to_c = torch.zeros_like(coefficients)
         for columns in parts:
-            g = given[rows, columns].to(dtype)
+            whole = change[rows, columns].to(dtype)
+            total = torch.zeros_like(whole)
+            for c, felt, grad in zip(coefficients, to_c, given, strict=True):
+                g = grad[rows, columns].to(dtype)
+                total += g * c[:, None]
+                felt += (g * whole).sum(1)
             if filled is not None:
-                filled[rows, columns] = g * c
-            to_c += (g * change[rows, columns].to(dtype)).sum(1)
-        to_weights += z @ to_c
+                filled[rows, columns] = total
+        to_weights += to_c @ z.T
         if to_logits is not None:
-            to_logits[:, rows] = slope_at(z, regrowth).mul_(to_c).mul_(scale[:, None])
+            to_logits[:, rows] = slope_at(z, regrowth).mul_(scale.T @ to_c)
     found = None if to_logits is None else to_logits.view(logits.shape)
     return to_delta, found, (strength * to_weights).to(weights.dtype) if wanted[2] else None
 
@@ -199,11 +223,11 @@ def _noise_over(base: Tensor, logits: Tensor, noise: int) -> Tensor:
 
 
 def _graphed(
-    plain: Tensor, tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    plain: Sequence[Tensor], tensors: Sequence[Tensor], grads: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients with a graph of their own, for whoever differentiates them again: the formula's, no regrowth."""
     chosen = [tensor for tensor, asked in zip(tensors, wanted, strict=True) if asked]
-    found = iter(torch.autograd.grad(plain, chosen, grad, create_graph=True))
+    found = iter(torch.autograd.grad(plain, chosen, grads, create_graph=True))
     return tuple(next(found) if asked else None for asked in wanted)
 
 

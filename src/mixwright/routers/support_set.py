@@ -55,18 +55,20 @@ class SupportSetRouter(AbstractRouter):
     that of the examples matters. In training s is a relaxed Bernoulli draw at temperature T.
 
     `progress` is the share of training that is done, from which T falls: max(0.5, 5 - 12.5 progress). `allowed` are
-    the experts that may act. Everything is float32 whatever the features are.
+    the experts that may act. Everything is float32 whatever the features are. `num_blocks`: with more than none, a
+    mixture for each block of the backbone, by keys of its own (experts, blocks, width) that begin alike.
     """
 
     NUM_TOKENS = 4
 
-    def __init__(self, width: int, num_experts: int, seed: int = 0) -> None:
+    def __init__(self, width: int, num_experts: int, seed: int = 0, num_blocks: int = 0) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.num_experts = num_experts
         self.heads = math.gcd(4, width)
         self._progress = 1.0
-        self.keys = nn.Parameter(torch.randn(num_experts, width, generator=draw) * math.sqrt(2 / width))
+        keys = torch.randn(num_experts, width, generator=draw) * math.sqrt(2 / width)
+        self.keys = nn.Parameter(keys[:, None].repeat(1, num_blocks, 1) if num_blocks else keys)
         self.tokens = nn.Parameter(torch.randn(self.NUM_TOKENS, width, generator=draw) * 1e-3)
         self.norm_attention = nn.LayerNorm(width)
         self.norm_mlp = nn.LayerNorm(width)
@@ -90,7 +92,7 @@ class SupportSetRouter(AbstractRouter):
         self.temperature.fill_(max(0.5, 5.0 - 12.5 * share))
 
     def forward(self, x: Float[Tensor, "shots width"], condition: Condition) -> Routing:
-        """One choice for the whole episode; `x` are frozen features of `condition.support`."""
+        """One choice for the whole episode, or for each block; `x` are frozen features of `condition.support`."""
         assert condition.support is not None
         return self.routing(self.logits(x, condition.support.labels))
 
@@ -107,17 +109,17 @@ class SupportSetRouter(AbstractRouter):
 
     def logits(
         self, features: Float[Tensor, "shots width"], labels: Int[Tensor, " shots"]
-    ) -> Float[Tensor, " experts"]:
+    ) -> Float[Tensor, " *blocks experts"]:
         """<key_m, h> for each expert, before any temperature."""
-        return self.keys @ self.task_embedding(features, labels)
+        return (self.keys @ self.task_embedding(features, labels)).movedim(0, -1)
 
-    def routing(self, logits: Float[Tensor, " experts"]) -> Routing:
+    def routing(self, logits: Float[Tensor, " *blocks experts"]) -> Routing:
         """The gates' shares; drawn in training."""
         if self.training:
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             logits = logits + uniform.log() - (-uniform).log1p()
         gates = torch.sigmoid(logits / self.temperature) * self.allowed
-        return Routing(gates / gates.sum().clamp_min(1e-20), self.num_experts)
+        return Routing(gates / gates.sum(-1, keepdim=True).clamp_min(1e-20), self.num_experts)
 
     def _attended(self, qkv: Float[Tensor, "tokens wide"]) -> Float[Tensor, "tokens width"]:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in qkv.chunk(3, -1))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,6 +15,22 @@ from mixwright.training.job import Job
 from mixwright.training.objectives import supervised
 
 Objective = Callable[[Any, Batch], Tensor]
+
+
+@runtime_checkable
+class JointObjective(Protocol):
+    """An objective that can take several batches of an update at once, where they share work."""
+
+    at_once: int
+    """How many it is given at most."""
+
+    def __call__(self, model: Any, batch: Any, /) -> Tensor:
+        """The loss of one."""
+        ...
+
+    def together(self, model: Any, batches: Sequence[Any], /) -> Tensor:
+        """The summed loss of the batches, with one backward pass for all."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,8 @@ class Stage:
     steps: int
     """Optimiser steps."""
     objective: Objective = supervised
-    """(model, batch) -> the loss summed over the batch's targets; the loop divides by their number in the step."""
+    """(model, batch) -> the loss summed over the batch's targets; the loop divides by their number in the step.
+    A `JointObjective` is given several batches at once."""
     warmup: float = 0.06
     """Share of the steps in which the learning rates rise from 0, which the first step has; constant afterwards."""
     cooldown: float = 0.0

@@ -28,7 +28,7 @@ from mixwright.training.moving import (
 from mixwright.training.optimizers import load_optimizer_state, make_optimizers, optimizer_state, set_rate
 from mixwright.training.randomness import seed_pass
 from mixwright.training.row_optimizer import AbstractRowOptimizer
-from mixwright.training.stage import ParamGroup, Stage, select_parameters
+from mixwright.training.stage import JointObjective, ParamGroup, Stage, select_parameters
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,7 +89,10 @@ class Updater:
         awake = self._members(lambda group: self._is_awake(group, step))
         for parameter in self.parameters.values():
             dense = parameter in awake and parameter not in self.tables
-            parameter.grad = torch.zeros_like(parameter) if dense else None
+            if dense and parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad.zero_()  # memory that is there: pages that are new to a process cost more than zeros
+            else:
+                parameter.grad = torch.zeros_like(parameter) if dense else None
         splits = {group.split for group in self.stage.groups if self._is_awake(group, step)}
         losses = {s: self._accumulate(s, batches, step) for s, batches in self.sources.items() if s in splits}
         for split, loss in losses.items():
@@ -136,7 +139,7 @@ class Updater:
         totals = torch.zeros((2, len(names)), dtype=torch.float64, device=self.accelerator.device)
         for part in batches.in_order(self.accelerator.process_index, self.accelerator.num_processes):
             batch, task = batches.take(part), names.index(batches.task_of(part))
-            totals[0, task] += self._loss(batch).double()
+            totals[0, task] += self._loss([batch]).double()
             totals[1, task] += batch.weight
         if self.accelerator.num_processes > 1:
             totals = cast(Tensor, self.accelerator.reduce(totals, "sum"))
@@ -234,17 +237,24 @@ class Updater:
         if len(self.sources) > 1 or any(group.delay or group.turn for group in self.stage.groups):
             self._set_trainable(step, split)
         total = torch.zeros((), device=self.accelerator.device)
-        for index, batch in zip(indices, passes, strict=True):
-            seed_pass(self.seed, index)
-            loss = self._loss(batch)
+        objective = self.stage.objective
+        size = objective.at_once if isinstance(objective, JointObjective) else 1
+        for at in range(0, len(passes), size):
+            seed_pass(self.seed, indices[at])
+            loss = self._loss(passes[at : at + size])
             self.scaler.scale(loss / weight).backward()
             total += loss.detach()
         return self._reduced(total) / weight
 
-    def _loss(self, batch: Batch) -> Tensor:
-        device = self.accelerator.device
+    def _loss(self, batches: Sequence[Batch]) -> Tensor:
+        """The summed loss of batches, of one alone but where the objective takes several."""
+        device, objective = self.accelerator.device, self.stage.objective
+        given = [batch.to(device) for batch in batches]
         with torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return self.stage.objective(self.model, batch.to(device)).float()
+            if isinstance(objective, JointObjective) and len(given) > 1:
+                return objective.together(self.model, given).float()
+            (batch,) = given
+            return objective(self.model, batch).float()
 
     def _reduced(self, value: Tensor) -> float:
         """The sum over processes."""

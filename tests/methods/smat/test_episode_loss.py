@@ -14,6 +14,7 @@ from mixwright.backbones.tiny import tiny_backbone
 from mixwright.data.episodes import Episode
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.episode_loss import EpisodeLoss
+from mixwright.methods.smat.known_gradient import promise
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.sparsity_term import sparsity_term
 from mixwright.ops.digest import tensor_digest
@@ -116,7 +117,7 @@ def _plain(model: FewShotModel, episode: Episode, config: SmatConfig, rows: Tens
             kd = kd + 0.5 * 4 * (p.exp() * (p - q)).sum(-1).mean()
     w = config.distillation if config.distils else 0.0
     loss = (1 - w) * ce + w * kd + config.gate_penalty * gates.square().mean()
-    return loss + sparsity_term(model.deltas, alpha, config.sparsity, config.floor)
+    return loss + sparsity_term(model.deltas, alpha[None], config.sparsity, config.floor)
 
 
 CASES = {
@@ -259,3 +260,45 @@ def test_experts_that_were_put_in_by_hand_are_those_that_learn() -> None:
     grad = model.deltas.logits["out/weight"].grad
     assert grad is not None and grad[1].abs().max() > 1e3 * grad[0].abs().max()
     assert model.router.keys.grad is None
+
+
+def _another(episode: Episode) -> Episode:
+    return Episode(episode.support.flip(0), episode.labels, -episode.query, episode.query_labels, {})
+
+
+@pytest.mark.parametrize("settings", [{}, {"distillation": 0.0, "inner_rate": 0.0}, {"router": "uniform"}])
+def test_episodes_together_are_the_sum_of_each_alone(settings: dict[str, Any]) -> None:
+    config = SmatConfig(experts=3, **{**RATES, **settings})
+    model, episodes = _model(config), [_episode(), _another(_episode()), _episode()]
+    again, loss = deepcopy(model), EpisodeLoss(config)  # the router's spectral norms move with every routing
+    torch.manual_seed(0)
+    alone = sum(loss(again, episode) for episode in episodes)
+    torch.manual_seed(0)
+    together = loss.together(model, episodes)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    found = [
+        (value, [p for p in m.parameters() if p.requires_grad]) for value, m in ((together, model), (alone, again))
+    ]
+    grads = (torch.autograd.grad(value, learning, allow_unused=True) for value, learning in found)
+    for mine, theirs in zip(*grads, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_is_drawn_for_each_episode_anew() -> None:
+    model = _model(SmatConfig(experts=2))
+    model.deltas.noise = True
+    routing = model.routing(_episode().support_set)
+    first, second = model.weights_for_each([routing, routing])
+    assert not torch.equal(first["out.weight"], second["out.weight"])
+
+
+def test_what_was_promised_serves_one_pass() -> None:
+    x = torch.ones(3, requires_grad=True)
+    zero, gradients = promise([x])
+    with pytest.raises(RuntimeError, match="1 gradients were promised, 0 are there"):
+        zero.backward(retain_graph=True)
+    gradients.append(torch.arange(3.0))
+    (2 * zero).backward()
+    assert zero == 0 and torch.equal(x.grad, 2 * torch.arange(3.0))  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def bench(tmp_path: Path) -> Any:
     out = {"digits": patterns(10, 4), "retention": patterns(16, 5)}
     given = module("_glyphs").World(named, tests, out, patterns(2, 6))
     torch.manual_seed(0)
-    backbone.empty_vit(backbone.Pretraining(width=16, layers=1)).save_pretrained(tmp_path / "vit")
+    backbone.empty_vit(backbone.Pretraining(width=16, layers=2)).save_pretrained(tmp_path / "vit")
     budget = rows.Budget(tasks=4, accumulate=2, experts=2, snapshots=(2,), fisher_tasks=2)
     sizes = few.Sizes(episodes=4, routed_episodes=3, curve_episodes=2, tuned_episodes=1, seeds=1)
     return few.Bench(given, partial(few.opened, tmp_path / "vit"), budget, sizes, tmp_path / "rows")
@@ -111,6 +111,23 @@ def test_every_table_is_made_and_a_cut_run_goes_on(bench: Any, tmp_path: Path) -
         assert said in text, said
     assert "nan" not in text
     assert set(few.compact(again.found)) == set(found.found)
+
+
+def test_variants_of_what_is_chosen_are_measured_as_they_choose(bench: Any, tmp_path: Path) -> None:
+    cells, rows = importlib.import_module("benchmarks.cells"), module("_rows")
+    found = cells.Cells(tmp_path / "cells.jsonl")
+    for row in rows.ROUTED:
+        bench.both_ways(found, row, 0)
+    assert [key.split("|")[:2] for key in found.found] == [
+        [kind, f"{row.name}{more}"]
+        for row in rows.ROUTED
+        for kind, more in (("trained", ""), ("direct", ""), ("direct", ", uniform mixture"))
+    ]
+    both = bench.trainer.trained(rows.row_named("SMAT, both"), 0)
+    assert both.model.deltas.blocks == ("outside", "layers.0", "layers.1")
+    chosen = both.routing(torch.randn(6, 16), torch.arange(3).repeat(2))
+    assert chosen.weights.shape == (3, 2)
+    assert len(found.found["direct|SMAT, both|0"]["digits"]["accuracy"]) == bench.sizes.routed_episodes
 
 
 def test_fine_tuning_chooses_its_rate_on_the_support_alone(bench: Any) -> None:

@@ -109,7 +109,7 @@ def test_the_constraint_is_met_within_the_budget_whatever_the_size_of_the_pool(
         deltas.zero_grad()
         before, kept = deltas.multipliers.detach().clone(), deltas.sparsity() > sparsity
         alpha = torch.softmax(torch.randn(4, experts, generator=draw), -1).mean(0)
-        sparsity_term(deltas, alpha, sparsity, config.floor).backward()
+        sparsity_term(deltas, alpha[None], sparsity, config.floor).backward()
         for optimizer in optimizers:
             optimizer.step()
         deltas.after_step()
@@ -124,18 +124,18 @@ def test_an_expert_that_nobody_chooses_gets_sparse_all_the_same() -> None:
     alone = torch.tensor([1.0, 0.0, 0.0])
     for floor, expected in ((0.1, True), (0.0, False)):
         deltas.zero_grad()
-        sparsity_term(deltas, alone, 0.9, floor).backward()
+        sparsity_term(deltas, alone[None], 0.9, floor).backward()
         grad = deltas.logits["w"].grad
         assert grad is not None and bool((grad[2].abs() > 0).all()) == expected
 
 
 def test_while_multipliers_are_zero_masks_are_not_asked_and_a_met_constraint_has_no_gradient() -> None:
     deltas = SparseDeltas({"w": torch.Size([50])}, 2)
-    sparsity_term(deltas, torch.tensor([0.5, 0.5]), 0.9, 0.1).backward()
+    sparsity_term(deltas, torch.tensor([[0.5, 0.5]]), 0.9, 0.1).backward()
     assert deltas.logits["w"].grad is None and deltas.multipliers.grad is not None
     assert bool((deltas.multipliers.grad > 0).all())
     deltas.zero_grad()
-    term = sparsity_term(deltas, torch.tensor([0.5, 0.5]), 0.0, 0.1)
+    term = sparsity_term(deltas, torch.tensor([[0.5, 0.5]]), 0.0, 0.1)
     term.backward()
     assert bool((deltas.multipliers.grad <= 0).all())
 

@@ -53,6 +53,9 @@ class SmatConfig:
     """The slope with which masks at 0 and at 1 still feel the task; 0, as in the paper, lets no dead one come back."""
     router: Literal["support", "uniform"] = "support"
     """Whether the support set chooses, or all experts count alike."""
+    mixture: Literal["whole", "block"] = "whole"
+    """What a mixture holds for: the whole backbone (the paper), or each of its blocks, of which the support set then
+    chooses one by one; parameters outside blocks have one together. See `experts.block_of`."""
 
     scale: Annotated[float, Gt(0)] = 10.0
     """What cosines to prototypes are multiplied with."""
@@ -76,6 +79,8 @@ class SmatConfig:
     floor: Share = 0.1
     """Share of uniform weights in what an expert counts in the sparsity constraint; the paper has 0, and an expert that
     is never chosen then stays dense."""
+    diversity: Rate = 0.0
+    """Weight of the term that pushes experts' masks apart (`diversity_term`); the paper has none."""
     annealed: Share = 0.0
     """Share of the steps over which the sparsity that is asked for rises from 0 to `sparsity`; the paper has 0."""
     frozen_cache: Annotated[int, Ge(0)] = 0
@@ -99,6 +104,18 @@ class SmatConfig:
     """Share of the steps in which all learning rates rise."""
     cooldown: Share = 0.9
     """Share of the steps in which they fall, by half a cosine."""
+
+    def __post_init__(self) -> None:
+        if self.mixture == "block" and (not self.routes or self.changes == "own"):
+            raise ValueError(
+                "mixture 'block': a support set chooses it among two sparse experts or more; it goes with experts > 1, "
+                "router 'support' and changes 'shared'."
+            )
+        if self.diversity and not (self.is_constrained and self.experts > 1):
+            raise ValueError(
+                f"diversity {self.diversity}: it pushes masks apart that learn; it goes with experts > 1, masks "
+                "'learned' and changes 'shared'."
+            )
 
     @property
     def mask_unit(self) -> Literal["weight", "row", "tensor"]:

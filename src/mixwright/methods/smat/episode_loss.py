@@ -1,6 +1,6 @@
 """The loss of an episode (sheet a5): cross-entropy on its queries, two distillation terms, sparsity, gates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -9,12 +9,13 @@ from torch.nn.functional import cross_entropy
 
 from mixwright.data.episodes import Episode
 from mixwright.methods.smat.config import SmatConfig
+from mixwright.methods.smat.diversity_term import diversity_term
 from mixwright.methods.smat.episode_passes import EpisodePasses, prototypes_of, scores
 from mixwright.methods.smat.frozen_features import FrozenFeatures
-from mixwright.methods.smat.known_gradient import with_gradients
+from mixwright.methods.smat.known_gradient import promise
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.sparsity_term import sparsity_term
-from mixwright.ops.rows import count, join, take
+from mixwright.ops.rows import join, take
 from mixwright.routing import Routing
 
 
@@ -25,6 +26,9 @@ class EpisodeLoss:
     but for the loss itself.
     """
 
+    at_once = 4
+    """Episodes whose adapted weights are held at once."""
+
     def __init__(self, config: SmatConfig, note: Callable[[Tensor], None] | None = None) -> None:
         """`note` is told each episode's mixture in training."""
         self.config, self.note = config, note
@@ -32,24 +36,35 @@ class EpisodeLoss:
 
     def __call__(self, model: FewShotModel, episode: Episode) -> Float[Tensor, ""]:
         """The loss of one episode. Raises ValueError where it does not say what its queries are."""
-        labels = episode.query_labels
-        if labels is None:
-            raise ValueError(f"{episode.where[0]}: query_labels: missing; a loss needs them.")
-        if not model.training:
-            return cross_entropy(self.predict(model, episode), labels)
-        config, parts = self.config, self._parts(count(episode.query), labels.device)
-        routing, gates, pretrained = self._looked_at(model, episode, parts[0])
-        if self.note is not None:
-            self.note(routing.dense())
-        theta = model.weights_for(routing)
-        passes = EpisodePasses(config, model, episode, parts, pretrained)
-        value, gradients = passes.run({name: tensor.detach().requires_grad_() for name, tensor in theta.items()})
-        loss = with_gradients(value, list(theta.values()), gradients)
-        if gates is not None:
-            loss = loss + config.gate_penalty * gates.square().mean()
+        if model.training:
+            return self.together(model, [episode])
+        return cross_entropy(self.predict(model, episode), _query_labels(episode))
+
+    def together(self, model: FewShotModel, episodes: Sequence[Episode]) -> Float[Tensor, ""]:
+        """The summed loss of episodes in training: their weights are merged in one pass over the masks, and the
+        gradients of masks and shared change are taken in one."""
+        config = self.config
+        parts = [self._parts(len(_query_labels(episode)), episode.labels.device) for episode in episodes]
+        looked = [self._looked_at(model, episode, rows[0]) for episode, rows in zip(episodes, parts, strict=True)]
+        routings = [routing for routing, _, _ in looked]
+        for routing in routings if self.note is not None else ():
+            self.note(model.mixture.experts.by_block(routing.dense()))  # type: ignore[misc]
+        thetas = model.weights_for_each(routings)
+        loss, gradients = promise([tensor for theta in thetas for tensor in theta.values()])
+        leaves = [{name: tensor.detach().requires_grad_() for name, tensor in theta.items()} for theta in thetas]
+        del thetas
+        for episode, rows, (_, gates, pretrained) in zip(episodes, parts, looked, strict=True):
+            value, found = EpisodePasses(config, model, episode, rows, pretrained).run(leaves.pop(0))
+            gradients += found
+            loss = loss + value
+            if gates is not None:
+                loss = loss + config.gate_penalty * gates.square().mean()
         if config.is_constrained:
-            sparsity = config.sparsity_at(model.router.progress)
-            loss = loss + sparsity_term(model.deltas, routing.dense(), sparsity, config.floor)
+            deltas, sparsity = model.deltas, config.sparsity_at(model.router.progress)
+            mixtures = [deltas.mean_over_blocks(deltas.by_block(routing.dense())) for routing in routings]
+            loss = loss + sparsity_term(deltas, torch.stack(mixtures), sparsity, config.floor)
+            if config.diversity:
+                loss = loss + len(episodes) * config.diversity * diversity_term(deltas)
         return loss
 
     @torch.no_grad()
@@ -92,3 +107,9 @@ class EpisodeLoss:
             return [torch.arange(queries, device=device)]
         order = torch.randperm(queries).to(device)
         return [order[:chosen].sort().values, order[chosen:].sort().values]
+
+
+def _query_labels(episode: Episode) -> Tensor:
+    if episode.query_labels is None:
+        raise ValueError(f"{episode.where[0]}: query_labels: missing; a loss needs them.")
+    return episode.query_labels

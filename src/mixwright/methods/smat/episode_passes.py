@@ -160,7 +160,7 @@ def _wish(value: Tensor, features: list[Tensor], head: Tensor) -> _Wish:
 def _stepped(weights: Mapping[str, Tensor], gradients: Gradients, rate: float) -> Weights:
     """Leaves one gradient step further."""
     return {
-        name: (tensor if gradient is None else tensor - rate * gradient).detach().requires_grad_()
+        name: (tensor if gradient is None else torch.add(tensor, gradient, alpha=-rate)).detach().requires_grad_()
         for (name, tensor), gradient in zip(weights.items(), gradients, strict=True)
     }
 
@@ -169,5 +169,6 @@ def _sum(a: Tensor | None, b: Tensor | None, share: float = 1.0) -> Tensor | Non
     """share * a + b, None being zero."""
     if a is None:
         return b
-    scaled = a if share == 1.0 else share * a
-    return scaled if b is None else scaled + b
+    if b is None:
+        return a if share == 1.0 else share * a
+    return torch.add(b, a, alpha=share)

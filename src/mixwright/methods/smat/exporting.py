@@ -88,11 +88,23 @@ def recorded(
         "composition": {key: value for key, value in encode(stored_composition(model)).items() if key != "components"},
         "pool_sha256": pool.hexdigest(),
         "base_sha256": {name: digest_of_tensor(tensor) for name, tensor in sorted(before.items())},
-        "weights_of_experts": dict(zip(model.experts, routing.dense().tolist(), strict=True)),
+        **_mixtures(model, routing),
         "strength": _strength(model, support, strength),
         "changed": counts,
     }
     return record, ExportedPool(folder=folder, tensors=len(counts), numbers=sum(counts.values()))
+
+
+def _mixtures(model: "FewShotModel", routing: Routing) -> dict[str, Any]:
+    """The weight of each expert; where blocks have mixtures of their own, the mean, and each block's."""
+    experts = model.mixture.experts
+    rows = experts.by_block(routing.dense())
+    mean = experts.mean_over_blocks(rows)
+    found: dict[str, Any] = {"weights_of_experts": dict(zip(model.experts, mean.tolist(), strict=True))}
+    if experts.blocks:
+        each = (dict(zip(model.experts, row, strict=True)) for row in rows.tolist())
+        found["weights_by_block"] = dict(zip(experts.blocks, each, strict=True))
+    return found
 
 
 def _strength(model: "FewShotModel", support: Asked, strength: float | None) -> float:

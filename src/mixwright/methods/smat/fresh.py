@@ -1,11 +1,12 @@
 """The experts that a pool begins with, learned ones and those of the baselines; masks that somebody gives."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from mixwright.experts.block_of import block_of
 from mixwright.experts.dense_deltas import DenseDeltas
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
@@ -29,11 +30,20 @@ def refuse_huge(shapes: Mapping[str, torch.Size], config: SmatConfig) -> None:
 
 @torch.no_grad()
 def fresh_experts(config: SmatConfig, shapes: Mapping[str, torch.Size]) -> Experts:
-    """Experts whose change is zero. Fixed masks are logits at their limits; given ones are all ones until then."""
+    """Experts whose change is zero. Fixed masks are logits at their limits; given ones are all ones until then.
+
+    Raises ValueError where each block shall have a mixture and there is only one.
+    """
     if config.changes == "own":
         return DenseDeltas(shapes, config.experts)
     deltas = SparseDeltas(
-        shapes, config.experts, config.mask_unit, config.seed, noise=config.mask_noise, regrowth=config.regrowth
+        shapes,
+        config.experts,
+        config.mask_unit,
+        config.seed,
+        noise=config.mask_noise,
+        regrowth=config.regrowth,
+        block_of=_blocks(shapes) if config.mixture == "block" else None,
     )
     draw = torch.Generator().manual_seed(config.seed)
     for logits in deltas.logits.values():
@@ -43,6 +53,16 @@ def fresh_experts(config: SmatConfig, shapes: Mapping[str, torch.Size]) -> Exper
             kept = torch.rand(logits.shape, generator=draw) >= config.sparsity
             logits.copy_(torch.where(kept, LIMIT, -LIMIT))
     return deltas
+
+
+def _blocks(names: Iterable[str]) -> dict[str, str]:
+    found = block_of(names)
+    if len(set(found.values())) < 2:
+        raise ValueError(
+            f"mixture 'block': the {len(found)} parameters that may change lie in one block of the backbone, "
+            f"{next(iter(found.values()))!r} (see experts.block_of); take mixture 'whole'."
+        )
+    return found
 
 
 @torch.no_grad()

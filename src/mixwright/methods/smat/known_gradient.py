@@ -1,28 +1,32 @@
-"""A value whose gradient was worked out before anybody asks for it."""
+"""Gradients that are worked out before anybody asks for them."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 
-def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """`value`, a scalar whose gradients with respect to `tensors` are `gradients`; None is zero."""
-    return _Known.apply(value, gradients, *tensors)  # type: ignore[no-any-return]
+def promise(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """A zero, and a list to put its gradients with respect to `tensors` in, before the backward pass; None is zero.
+
+    The zero is added to the value whose gradients they are. It does not hold the tensors.
+    """
+    gradients: list[Tensor | None] = []
+    return _Promised.apply(gradients, *tensors), gradients  # type: ignore[return-value]
 
 
-class _Known(Function):
+class _Promised(Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *tensors: Tensor) -> Tensor:
-        del tensors
-        ctx.gradients = gradients
-        return value.detach().clone()
+    def forward(ctx: Any, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
+        ctx.gradients, ctx.number = gradients, len(tensors)
+        return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found, ctx.gradients = ctx.gradients, None
-        if found is None:
-            raise RuntimeError("the gradients of this value were taken already; they are kept for one backward pass.")
-        scaled = (None if each is None else each * grad.to(each.dtype) for each in found)
-        return None, None, *scaled
+        found = list(ctx.gradients)
+        if len(found) != ctx.number:
+            raise RuntimeError(f"{ctx.number} gradients were promised, {len(found)} are there; they serve one pass.")
+        ctx.gradients.clear()
+        return None, *(None if each is None else each * grad.to(each.dtype) for each in found)

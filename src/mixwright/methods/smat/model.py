@@ -1,6 +1,7 @@
 """Sparse interpolated experts (Chen et al. 2024), from top to bottom.
 
-1. Support set: its frozen features, averaged by class, go through the router: weights alpha (M,) (`SupportSetRouter`).
+1. Support set: its frozen features, averaged by class, go through the router: weights alpha (M,) (`SupportSetRouter`);
+   with `mixture: block`, which the paper has not, a row of them for each block of the backbone.
 2. Masks: z_m = hard concrete of logits L_m (`ops.hard_concrete`), the same map in training and serving.
 3. Weights of the episode: theta = theta_pre + (sum_m alpha_m z_m) * delta (`SparseDeltas`), one delta for all experts.
 4. Queries: cosines to the class means of the support under theta, times 10 (`ops.prototypes`).
@@ -38,7 +39,7 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     """A pool of fresh experts around one backbone, whose change is zero: until it is trained it acts as the backbone.
 
     Everything random depends on `config.seed`. Raises ValueError for globs that select nothing and for a backbone whose
-    features have no known width.
+    features have no known width, or that has no two blocks where each shall have a mixture.
     """
     if len(backbones) != 1 or catalog is not None:
         raise ValueError("smat trains a pool of its own on one backbone; give no catalogue.")
@@ -47,8 +48,8 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
     refuse_huge(shapes, config)
-    router = SupportSetRouter(width, config.experts, config.seed).to(device)
     deltas = fresh_experts(config, shapes).to(device)
+    router = SupportSetRouter(width, config.experts, config.seed, len(deltas.blocks)).to(device)
     if config.router == "uniform":
         nn.init.zeros_(router.keys)
     return assemble(config, backbone, router, deltas)

@@ -9,18 +9,18 @@ REFERENCE_EXPERTS = 8
 
 
 def sparsity_term(
-    deltas: SparseDeltas, weights: Float[Tensor, " experts"], sparsity: float, floor: float
+    deltas: SparseDeltas, weights: Float[Tensor, "episodes experts"], sparsity: float, floor: float
 ) -> Float[Tensor, ""]:
-    """sum_m b_m lambda_m (q_m - (1 - tau)): masks feel the smooth q_m, multipliers the sparsity that is counted.
+    """sum_e sum_m b_em lambda_m (q_m - (1 - tau)): masks feel the smooth q_m, multipliers the sparsity that is counted.
 
     Two functions for one constraint, as Gallego-Posada et al. (2022) have it: the smooth one has gradients, the other
-    is what is promised. b_m = (M / 8) ((1 - floor) alpha_m + floor / M): an expert's own share of the episode, never
+    is what is promised. b_em = (M / 8) ((1 - floor) alpha_em + floor / M): an expert's own share of episode e, never
     less than a floor, and scaled so that the pool meets its constraint as soon with any number of experts M as with
-    the paper's 8. The gradient for lambda_m is b_m (tau - sparsity_m): `dual_ascent` goes up it, and restarts at 0.
+    the paper's 8. The gradient for lambda_m is b_em (tau - sparsity_m): `dual_ascent` goes up it, and restarts at 0.
     While every multiplier is 0 the masks' part is zero, and is not computed.
     """
-    count = len(weights)
-    counts = (count / REFERENCE_EXPERTS) * ((1 - floor) * weights.detach() + floor / count)
+    count = weights.shape[1]
+    counts = (count / REFERENCE_EXPERTS) * ((1 - floor) * weights.detach() + floor / count).sum(0)
     multipliers = deltas.multipliers
     risen = multipliers - multipliers.detach()
     term = (counts * risen * (sparsity - deltas.sparsity())).sum()

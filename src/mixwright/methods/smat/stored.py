@@ -38,7 +38,8 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
         for start in (_ROUTER, _EXPERTS)
     )
     keys = router_state.get("keys")
-    if keys is None or keys.dim() != 2 or not len(ids) == config.experts == len(keys):
+    axes = 3 if config.mixture == "block" else 2
+    if keys is None or keys.dim() != axes or not len(ids) == config.experts == len(keys):
         raise CatalogError("TENSOR", "added state", "it has no router for the experts that its config names.")
     try:
         shapes = maskable(backbone, config.include, config.exclude)
@@ -48,8 +49,11 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
         refuse_huge(shapes, config)
     except ValueError as error:
         raise CatalogError("SIZE", "composition.yaml", str(error)) from error
-    router = SupportSetRouter(keys.shape[1], config.experts)
-    experts = fresh_experts(config, shapes)
+    try:
+        experts = fresh_experts(config, shapes)
+    except ValueError as error:
+        raise CatalogError("CONFIG", "composition.yaml", str(error)[:300]) from error
+    router = SupportSetRouter(keys.shape[-1], config.experts, num_blocks=len(experts.blocks))
     if isinstance(experts, SparseDeltas):
         packed = {n.removeprefix(_PACKED): t for n, t in experts_state.items() if n.startswith(_PACKED)}
         unpack(experts, packed, config.storage)

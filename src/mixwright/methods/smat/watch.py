@@ -30,7 +30,8 @@ class Watch:
     `sparsity.min`, `.mean`: of the experts, counted; `multiplier.max`, `.mean`; `masks.fractional`: share of the masks
     that are neither 0 nor 1; `routing.temperature`. Of the episodes since the last look: `routing.usage`, entropy of
     the mean mixture / log M, `routing.entropy`, mean entropy of a mixture / log M, `routing.least`, the least share of
-    an expert times M. `experts.overlap`: mean Jaccard index of two experts' masks, over what they would have by chance.
+    an expert times M; blocks that have a mixture each count by their size. `experts.overlap`: mean Jaccard index of two
+    experts' masks, over what they would have by chance.
     """
 
     def __init__(self, config: SmatConfig) -> None:
@@ -38,8 +39,8 @@ class Watch:
         self.seen: list[Tensor] = []
         self._progress = 0.0
 
-    def note(self, weights: Float[Tensor, " experts"]) -> None:
-        """The mixture of an episode."""
+    def note(self, weights: Float[Tensor, "rows experts"]) -> None:
+        """The mixture of an episode, or those of the backbone's blocks, a row each."""
         self.seen.append(weights.detach())
 
     @torch.no_grad()
@@ -59,11 +60,13 @@ class Watch:
         if self.config.routes and self.seen:
             mixtures = torch.stack(self.seen).float()
             self.seen = []
-            most, mean = math.log(mixtures.shape[1]), mixtures.mean(0)
+            experts = model.mixture.experts
+            most, mean = math.log(experts.num_experts), experts.mean_over_blocks(mixtures).mean(0)
+            each = experts.mean_over_blocks(entropy(mixtures)[..., None])
             numbers["routing.usage"] = float(entropy(mean)) / most
-            numbers["routing.entropy"] = float(entropy(mixtures).mean()) / most
+            numbers["routing.entropy"] = float(each.mean()) / most
             if len(mixtures) >= ENOUGH:
-                numbers["routing.least"] = float(mean.min()) * mixtures.shape[1]
+                numbers["routing.least"] = float(mean.min()) * experts.num_experts
         return numbers
 
     def alarms(self, numbers: Mapping[str, float]) -> dict[str, str]:

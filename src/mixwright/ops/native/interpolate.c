@@ -10,6 +10,7 @@
 #include "rows.h"
 
 #define BLOCK 512
+#define MOST_EPISODES 8 /* as in ops/mask_kernels.py */
 #define DEAD -1.598596848532247f
 #define LEAST 5.9604644775390625e-8f
 #define MOST 0.999999940395355224609375f
@@ -56,25 +57,35 @@ INLINED lanes some(const float *from, int64_t left) { return load_some(FLOAT32, 
 INLINED void put(float *to, lanes value, int64_t left) { store_some(FLOAT32, to, 0, value, left); }
 INLINED int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* out = base + c delta, c = sum_m weights_m z_m; base's own bits where that adds nothing. */
+/* out_e = base + c_e delta, c_e = sum_m weights_em z_m, for up to MOST_EPISODES at once: z is made once for all of them.
+   base's own bits where that adds nothing. */
 void mixwright_interpolate(
-    float *out, const float *base, const float *delta, const float *logits, const float *weights,
-    int64_t experts, int64_t units
+    float *const *outs, const float *base, const float *delta, const float *logits, const float *weights,
+    int64_t episodes, int64_t experts, int64_t units
 ) {
     #pragma omp parallel for schedule(static) if (units > 8 * BLOCK)
     for (int64_t start = 0; start < units; start += BLOCK) {
         int64_t count = least(BLOCK, units - start);
-        lanes c[BLOCK / LANES] = {0};
+        lanes c[MOST_EPISODES][BLOCK / LANES], z[BLOCK / LANES];
+        memset(c, 0, episodes * sizeof c[0]);
         for (int64_t m = 0; m < experts; m++) {
-            if (weights[m] == 0) continue;
+            int64_t acting = 0;
+            for (int64_t e = 0; e < episodes; e++) acting += weights[e * experts + m] != 0;
+            if (!acting) continue;
             const float *row = logits + m * units + start;
-            for (int64_t i = 0; i < count; i += LANES) c[i / LANES] += weights[m] * masked(some(row + i, count - i));
+            for (int64_t i = 0; i < count; i += LANES) z[i / LANES] = masked(some(row + i, count - i));
+            for (int64_t e = 0; e < episodes; e++) {
+                float weight = weights[e * experts + m];
+                if (weight == 0) continue;
+                for (int64_t i = 0; i < count; i += LANES) c[e][i / LANES] += weight * z[i / LANES];
+            }
         }
-        for (int64_t i = 0; i < count; i += LANES) {
-            lanes was = some(base + start + i, count - i), by = c[i / LANES];
-            lanes step = by * some(delta + start + i, count - i);
-            put(out + start + i, either((step == 0.0f) | (by == 0.0f), was, was + step), count - i);
-        }
+        for (int64_t e = 0; e < episodes; e++)
+            for (int64_t i = 0; i < count; i += LANES) {
+                lanes was = some(base + start + i, count - i), by = c[e][i / LANES];
+                lanes step = by * some(delta + start + i, count - i);
+                put(outs[e] + start + i, either((step == 0.0f) | (by == 0.0f), was, was + step), count - i);
+            }
     }
 }
 
@@ -95,37 +106,52 @@ void mixwright_interpolate_members(
     }
 }
 
-/* Gradients from g, that of `out`; NULL is not asked for. `to_weights` (chunks, experts): sums over each chunk. */
+/* Gradients from g_e, those of the outs, summed over episodes; NULL is not asked for. `to_weights` (chunks, episodes,
+   experts): sums over each chunk. */
 void mixwright_interpolate_backward(
-    float *to_delta, float *to_logits, double *to_weights, const float *g, const float *delta, const float *logits,
-    const float *weights, int64_t experts, int64_t units, int64_t chunk, float regrowth
+    float *to_delta, float *to_logits, double *to_weights, const float *const *gs, const float *delta,
+    const float *logits, const float *weights, int64_t episodes, int64_t experts, int64_t units, int64_t chunk,
+    float regrowth
 ) {
     int64_t chunks = (units + chunk - 1) / chunk;
     #pragma omp parallel for schedule(static) if (chunks > 1)
     for (int64_t part = 0; part < chunks; part++) {
-        double *sums = to_weights + part * experts;
-        for (int64_t m = 0; m < experts; m++) sums[m] = 0;
+        double *sums = to_weights + part * episodes * experts;
+        for (int64_t i = 0; i < episodes * experts; i++) sums[i] = 0;
         int64_t end = least(units, (part + 1) * chunk);
         for (int64_t start = part * chunk; start < end; start += BLOCK) {
             int64_t count = least(BLOCK, end - start);
-            lanes c[BLOCK / LANES] = {0}, t[BLOCK / LANES];
-            for (int64_t i = 0; i < count; i += LANES)
-                t[i / LANES] = some(g + start + i, count - i) * some(delta + start + i, count - i);
+            lanes c[MOST_EPISODES][BLOCK / LANES], t[MOST_EPISODES][BLOCK / LANES];
+            lanes z[BLOCK / LANES], product[BLOCK / LANES];
+            memset(c, 0, episodes * sizeof c[0]);
+            for (int64_t e = 0; e < episodes; e++)
+                for (int64_t i = 0; i < count; i += LANES)
+                    t[e][i / LANES] = some(gs[e] + start + i, count - i) * some(delta + start + i, count - i);
             for (int64_t m = 0; m < experts; m++) {
                 const float *row = logits + m * units + start;
-                float *to = to_logits ? to_logits + m * units + start : 0, weight = weights[m];
-                lanes sum = {0};
-                for (int64_t i = 0; i < count; i += LANES) {
-                    lanes z = masked(some(row + i, count - i)), product = t[i / LANES];
-                    c[i / LANES] += weight * z;
-                    sum += z * product;
-                    if (to) put(to + i, slope(z, regrowth) * product * weight, count - i);
+                for (int64_t i = 0; i < count; i += LANES) z[i / LANES] = masked(some(row + i, count - i));
+                memset(product, 0, sizeof product);
+                for (int64_t e = 0; e < episodes; e++) {
+                    float weight = weights[e * experts + m];
+                    lanes sum = {0};
+                    for (int64_t i = 0; i < count; i += LANES) {
+                        c[e][i / LANES] += weight * z[i / LANES];
+                        product[i / LANES] += weight * t[e][i / LANES];
+                        sum += z[i / LANES] * t[e][i / LANES];
+                    }
+                    sums[e * experts + m] += total(sum);
                 }
-                sums[m] += total(sum);
+                if (to_logits)
+                    for (int64_t i = 0; i < count; i += LANES)
+                        put(to_logits + m * units + start + i,
+                            slope(z[i / LANES], regrowth) * product[i / LANES], count - i);
             }
             if (to_delta)
-                for (int64_t i = 0; i < count; i += LANES)
-                    put(to_delta + start + i, c[i / LANES] * some(g + start + i, count - i), count - i);
+                for (int64_t i = 0; i < count; i += LANES) {
+                    lanes sum = {0};
+                    for (int64_t e = 0; e < episodes; e++) sum += c[e][i / LANES] * some(gs[e] + start + i, count - i);
+                    put(to_delta + start + i, sum, count - i);
+                }
         }
     }
 }
