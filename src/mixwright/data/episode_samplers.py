@@ -36,7 +36,7 @@ class FixedEpisodes:
             raise ValueError("no domain to draw episodes from; give one or more.")
         for name, least, value in (("ways", 2, self.ways), ("shots", 1, self.shots), ("queries", 1, self.queries)):
             if not _is_count(value) or value < least:
-                raise ValueError(f"{name} {value!r}: expected a whole number, {least} or more.")
+                raise ValueError(f"{name} {value!r}: expected {least} or more, a whole number.")
         for domain in self.domains:
             require_classes(domain, self.ways, self.shots + 1)
 

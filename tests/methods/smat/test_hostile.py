@@ -67,7 +67,7 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[FewShotModel], Any]]] = {
     "changes": (ValueError, "this machine has", lambda m: fresh_pool(experts=10**9, changes="own")),
     "half a way": (
         ValueError,
-        "ways 2.5: expected a whole number",
+        "ways 2.5: expected 2 or more, a whole number",
         lambda m: FixedEpisodes(domains=(NUMBERS,), ways=2.5, shots=1, queries=1),  # type: ignore[arg-type]
     ),
     "ways in words": (
