@@ -36,6 +36,7 @@ PLAIN = "P>M>F"
 KEPT = {"frozen_cache": 10_000}
 CONTENDERS: Mapping[str, Mapping[str, Any]] = {
     "paper: both terms, inner step": {},
+    "both terms, frozen features kept": {"inner_rate": 0.0, **KEPT},
     "both terms of a quarter of the queries, inner step, frozen features kept": {"distilled": 0.25, **KEPT},
     "both terms of a quarter of the queries": {"inner_rate": 0.0, "distilled": 0.25},
     "no distillation, inner step": {"distillation": 0.0},
