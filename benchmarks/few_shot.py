@@ -68,7 +68,7 @@ class Sizes:
 
     episodes: int = 600
     routed_episodes: int = 150
-    """Of pools other than SMAT, which need a pass for every episode."""
+    """Of variants of the pool, which need a pass for every episode."""
     curve_episodes: int = 50
     tuned_episodes: int = 8
     seeds: int = 2
@@ -97,7 +97,7 @@ class Bench:
     def direct(self, cells: Cells, row: Row, seed: int) -> None:
         """The row as it is used: no gradient step at test time."""
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
-        routed = None if row.name == SMAT else self.sizes.routed_episodes
+        routed = None if row in (row_named(SMAT), LONG[1]) else self.sizes.routed_episodes
         key = f"direct|{row.name}|{seed}"
         cells.take(key, lambda: plain(self._scores(self.trainer.trained(row, seed), None, routed)))
 
@@ -244,13 +244,16 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     for row in LONG:
         bench.direct(cells, row, first)
         bench.curve(cells, row, first)
+        bench.dials(cells, row, first)
+    bench.routed_dials(cells, LONG[1], first)
+    bench.alike(cells, LONG[1], first)
     for row in (*ROUTED, *MORE):
         bench.both_ways(cells, row, first)
     for seed in seeds[1:]:
         for row in MAIN[3:]:
             bench.direct(cells, row, seed)
             bench.dials(cells, row, seed)
-        for row in (*ROUTED, *LONG[:3], *MORE):
+        for row in (*LONG, *ROUTED, *MORE):
             bench.direct(cells, row, seed)
     bench.tuned(cells, row_named(PMF), first, 0.5)
     for row in MAIN[3:]:

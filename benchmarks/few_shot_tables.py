@@ -124,7 +124,7 @@ def dial(cells: Cells) -> str:
         return ""
     base = named[PRETRAINED]
     points = {name: scores for name, scores in named.items() if name != PRETRAINED}
-    pools = ("SMAT", "random masks", "soft merging")
+    pools = ("SMAT", "SMAT, 4 x tasks", "random masks", "soft merging")
     dialled = {
         "|".join([f"{name}, uniform mixture" if name in pools else name, share]): scores
         for (name, share), scores in ((key.split("|"), scores) for key, scores in found(cells, "dial").items())
