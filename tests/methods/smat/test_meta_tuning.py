@@ -226,7 +226,7 @@ def test_what_is_watched_has_known_values_at_known_states() -> None:
     config = SmatConfig(experts=2, feature_width=12, sparsity=0.5)
     model, watch = compose(config, [Net()]), Watch(config)
     _filled(model, lambda logits: torch.full_like(logits, LIMIT))
-    watch.note(torch.tensor([[0.5, 0.5]]))
+    watch.note(torch.tensor([0.5, 0.5]))
     numbers = watch.look(model)
     assert numbers["sparsity.min"] == 0 and numbers["masks.fractional"] == 0
     assert numbers["experts.overlap"] == pytest.approx(1.0) and numbers["routing.entropy"] == pytest.approx(1.0)
@@ -236,7 +236,7 @@ def test_what_is_watched_has_known_values_at_known_states() -> None:
         _filled(model, lambda logits, other=other: torch.where(torch.stack([half[0], other]), LIMIT, -LIMIT))
         assert watch.look(model)["experts.overlap"] == pytest.approx(expected, abs=0.1)
     for weights in ([1.0, 0.0], [0.0, 1.0]):
-        watch.note(torch.tensor([weights]))
+        watch.note(torch.tensor(weights))
     numbers = watch.look(model)
     assert numbers["routing.usage"] == pytest.approx(1.0) and numbers["routing.entropy"] == pytest.approx(0.0)
     assert "routing.usage" not in watch.look(model)
@@ -252,7 +252,7 @@ def test_alarms_say_what_is_wrong_when_it_is() -> None:
     _filled(model, lambda logits: torch.full_like(logits, -LIMIT))
     assert list(watch.alarms(watch.look(model))) == ["dead masks"]
     for _ in range(25):
-        watch.note(torch.tensor([[0.99, 0.01]]))
+        watch.note(torch.tensor([0.99, 0.01]))
     assert "routing collapses" in watch.alarms(watch.look(model))
     assert watch.alarms({"routing.least": 0.5}) == {}
 
