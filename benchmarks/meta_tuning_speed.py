@@ -4,7 +4,7 @@
     python -m benchmarks.meta_tuning_speed --only route [--pixels 224]   # routing, merging, switching alone
     python -m benchmarks.meta_tuning_speed --report
 
-A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode.
+A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode, and P>M>F runs before each.
 P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with momentum over the backbone's
 own weights. A step is `accumulate` (4) episodes, forward and backward, which the pool merges weights for at once, and
 one update (clipping and SGD over masks, shared change, multipliers, AdamW over the router); the two are measured apart,
@@ -162,27 +162,32 @@ def steps(given: argparse.Namespace, backbone: nn.Module) -> Iterator[dict[str, 
     task = episode(given.pixels, given.shots, given.queries)
     learn, plain_update = plain_step(backbone, task)
     runs, update = pool_step(pool(backbone), task)
-    runs = {PLAIN: learn, **runs}
     plain_step(backbone, episode(given.pixels, 1, 1))[0]()  # a small warm-up
     found: dict[str, list[float]] = {name: [] for name in runs}
+    beside: dict[str, list[float]] = {name: [] for name in runs}
     updates: dict[str, list[float]] = {PLAIN: [], "pool": []}
     for number in range(given.rounds):
         for name in [*runs][number % len(runs) :] + [*runs][: number % len(runs)]:
+            beside[name].append(seconds(learn))
             found[name].append(seconds(runs[name]))
-            print(name, found[name][-1], flush=True)
+            print(name, found[name][-1], PLAIN, beside[name][-1], flush=True)
         updates[PLAIN].append(seconds(plain_update))
         updates["pool"].append(seconds(update))
-        yield _summed(given, found, updates)
+        yield _summed(given, found, beside, updates)
 
 
-def _summed(given: argparse.Namespace, found: Any, updates: Any) -> dict[str, Any]:
-    once = {name: statistics.median(values) for name, values in found.items()}
+def _summed(given: argparse.Namespace, found: Any, beside: Any, updates: Any) -> dict[str, Any]:
+    """Each contender's step over that of P>M>F that ran before it; P>M>F's own row is the median of all."""
+    beside = {PLAIN: [each for values in beside.values() for each in values], **beside}
+    found = {PLAIN: beside[PLAIN], **found}
     turns = {kind: statistics.median(values) for kind, values in updates.items()}
+    once = {name: statistics.median(values) for name, values in found.items()}
     whole = {n: s + turns[PLAIN if n == PLAIN else "pool"] for n, s in once.items()}
+    plain = {name: statistics.median(values) + turns[PLAIN] for name, values in beside.items()}
     shots, queries = WAYS * given.shots, WAYS * given.queries
     rows = {
         name: {
-            "episodes_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / whole[PLAIN],
+            "episodes_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / plain[name],
             "network": 1.0 if name == PLAIN else network(CONTENDERS[name], shots, queries), "bar": BARS.get(name),
         }
         for name in found
