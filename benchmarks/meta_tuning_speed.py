@@ -4,11 +4,11 @@
     python -m benchmarks.meta_tuning_speed --only route [--pixels 224]   # routing, merging, switching alone
     python -m benchmarks.meta_tuning_speed --report
 
-A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode, and P>M>F runs before each.
-P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with momentum over the backbone's
-own weights. A step is `accumulate` (4) episodes, forward and backward, which the pool merges weights for at once, and
-one update (clipping and SGD over masks, shared change, multipliers, AdamW over the router); the two are measured apart,
-medians put together.
+A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode,
+and P>M>F runs before each, which each is compared with. P>M>F is a loop of its own: one pass over support and queries,
+its backward pass, SGD with momentum over the backbone's own weights. A step is `accumulate` (4) episodes, forward and
+backward, which the pool merges weights for at once, and one update (clipping and SGD over masks, shared change,
+multipliers, AdamW over the router); the two are measured apart, medians put together.
 `network` is what passes of the backbone alone would say, counting a forward pass of an item as 1 and a backward pass
 as 2: what is above it are merging, its gradient and the constraint, which do not grow with the images.
 
