@@ -5,8 +5,8 @@
     python -m benchmarks.meta_tuning_speed --report
 
 A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode,
-and P>M>F runs before each, which each is compared with. P>M>F is a loop of its own: one pass over support and queries,
-its backward pass, SGD with momentum over the backbone's own weights. A step is `accumulate` (4) episodes, forward and
+and P>M>F runs before each. P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with
+momentum over the backbone's own weights. A step is `accumulate` (4) episodes, forward and
 backward, which the pool merges weights for at once, and one update (clipping and SGD over masks, shared change,
 multipliers, AdamW over the router); the two are measured apart, medians put together.
 `network` is what passes of the backbone alone would say, counting a forward pass of an item as 1 and a backward pass
@@ -177,17 +177,14 @@ def steps(given: argparse.Namespace, backbone: nn.Module) -> Iterator[dict[str, 
 
 
 def _summed(given: argparse.Namespace, found: Any, beside: Any, updates: Any) -> dict[str, Any]:
-    """Each contender's step over that of P>M>F that ran before it; P>M>F's own row is the median of all."""
-    beside = {PLAIN: [each for values in beside.values() for each in values], **beside}
-    found = {PLAIN: beside[PLAIN], **found}
+    found = {PLAIN: [each for values in beside.values() for each in values], **found}
     turns = {kind: statistics.median(values) for kind, values in updates.items()}
     once = {name: statistics.median(values) for name, values in found.items()}
     whole = {n: s + turns[PLAIN if n == PLAIN else "pool"] for n, s in once.items()}
-    plain = {name: statistics.median(values) + turns[PLAIN] for name, values in beside.items()}
     shots, queries = WAYS * given.shots, WAYS * given.queries
     rows = {
         name: {
-            "episodes_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / plain[name],
+            "episodes_s": once[name], "all_s": found[name], "step_s": whole[name], "ratio": whole[name] / whole[PLAIN],
             "network": 1.0 if name == PLAIN else network(CONTENDERS[name], shots, queries), "bar": BARS.get(name),
         }
         for name in found
