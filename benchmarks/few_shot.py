@@ -5,13 +5,19 @@ python -m benchmarks.few_shot                       # the comparison; goes on fr
 python -m benchmarks.few_shot --rows "SMAT, both"   # only these rows, as routed and with all experts alike
 python -m benchmarks.few_shot --report              # the tables of the method's README, from the cache or the JSON
 python -m benchmarks.few_shot --quick               # a walk through everything; its numbers say nothing
+python -m benchmarks.few_shot --first-seed 7        # other seeds; their cells, rows and JSON lie apart in --cache
+python -m benchmarks.few_shot --train-scripts "Latn Cyrl" --train-scripts "Thai Khmr, outlined" \
+    --held-out-scripts "Armn Geor Ethi" --draw-seed 3   # other scripts (ISO 15924), other letters; own backbone
 
 Domains: see `few_shot_glyphs`. Contenders: see `few_shot_rows`. Every contender sees the same training episodes and the
 same test episodes. Omniglot and MNIST are read from --data and left out where they are not there.
 """
 
 import argparse
+import hashlib
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.cells import Cells
 from benchmarks.few_shot_backbone import Pretraining, empty_vit, pretrain
 from benchmarks.few_shot_exam import Exams, Score, Weights
-from benchmarks.few_shot_glyphs import World, world
+from benchmarks.few_shot_glyphs import FONTS, STYLES, Drawing, World, world
 from benchmarks.few_shot_rows import (
     LONG,
     MAIN,
@@ -50,6 +56,7 @@ from benchmarks.record import surroundings, write_json
 from mixwright.composition.features import FeatureExtractor
 
 RESULT = Path("benchmarks/results/few_shot.json")
+COMMAND = "python -m benchmarks.few_shot"
 HOME = Path.home() / ".cache/mixwright"
 DIALS = (0.25, 0.5, 0.75)
 CURVES = (PMF, PMF_KD, SMAT)
@@ -61,10 +68,11 @@ class Sizes:
 
     episodes: int = 600
     routed_episodes: int = 150
-    """Of pools other than SMAT, which need a pass for every episode."""
+    """Of variants of the pool, which need a pass for every episode."""
     curve_episodes: int = 50
-    tuned_episodes: int = 15
+    tuned_episodes: int = 8
     seeds: int = 2
+    first_seed: int = 0
 
 
 class Bench:
@@ -89,7 +97,7 @@ class Bench:
     def direct(self, cells: Cells, row: Row, seed: int) -> None:
         """The row as it is used: no gradient step at test time."""
         cells.take(f"trained|{row.name}|{seed}", lambda: self._described(row, seed))
-        routed = None if row.name == SMAT else self.sizes.routed_episodes
+        routed = None if row in (row_named(SMAT), LONG[1]) else self.sizes.routed_episodes
         key = f"direct|{row.name}|{seed}"
         cells.take(key, lambda: plain(self._scores(self.trainer.trained(row, seed), None, routed)))
 
@@ -208,10 +216,11 @@ def plain(scores: dict[str, Score]) -> dict[str, Any]:
 
 def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
     """Everything, what matters most first; backwards only the other rows, beside a process that does the first."""
-    seeds = range(bench.sizes.seeds)
+    first = bench.sizes.first_seed
+    seeds = range(first, first + bench.sizes.seeds)
     if backwards:
-        for row in (*reversed(MAIN), None):
-            bench.tuned(cells, row, 0)
+        for row in (None, *MAIN):
+            bench.tuned(cells, row, first)
         for row in reversed(MAIN[3:]):
             bench.direct(cells, row, seeds[-1])
         return
@@ -223,38 +232,42 @@ def run(bench: Bench, cells: Cells, backwards: bool = False) -> None:
         bench.ablations(cells, row_named(SMAT), seed)
         bench.routed_dials(cells, row_named(SMAT), seed)
     for row in MAIN[3:6]:
-        bench.direct(cells, row, 0)
+        bench.direct(cells, row, first)
     for row in (None, *MAIN[:3]):
-        bench.tuned(cells, row, 0)
+        bench.tuned(cells, row, first)
     for row in MAIN[6:]:
-        bench.direct(cells, row, 0)
+        bench.direct(cells, row, first)
     for name in CURVES:
-        bench.curve(cells, row_named(name), 0)
-    for row in (*MORE, *ROUTED):
-        bench.both_ways(cells, row, 0)
-    for seed in seeds:
+        bench.curve(cells, row_named(name), first)
+    for row in MAIN[3:]:
+        bench.dials(cells, row, first)
+    for row in LONG:
+        bench.direct(cells, row, first)
+        bench.curve(cells, row, first)
+        bench.dials(cells, row, first)
+    bench.routed_dials(cells, LONG[1], first)
+    bench.alike(cells, LONG[1], first)
+    for row in (*ROUTED, *MORE):
+        bench.both_ways(cells, row, first)
+    for seed in seeds[1:]:
         for row in MAIN[3:]:
             bench.direct(cells, row, seed)
             bench.dials(cells, row, seed)
-    for row in LONG:
-        bench.direct(cells, row, 0)
-        bench.curve(cells, row, 0)
-    for seed in seeds[1:]:
-        for row in (*LONG[:3], *ROUTED, *MORE):
+        for row in (*LONG, *ROUTED, *MORE):
             bench.direct(cells, row, seed)
-    bench.tuned(cells, row_named(PMF), 0, 0.5)
+    bench.tuned(cells, row_named(PMF), first, 0.5)
     for row in MAIN[3:]:
-        bench.tuned(cells, row, 0)
+        bench.tuned(cells, row, first)
 
 
-def quick(folder: Path, data: Path) -> Bench:
+def quick(folder: Path, data: Path, drawing: Drawing | None = None, first_seed: int = 0) -> Bench:
     """A few tasks, a few episodes, a backbone of random weights, small domains."""
-    given = world(folder / "few_shot_quick.pt", data, 24)
+    given = world(folder / "few_shot_quick.pt", data, 24, drawing)
     torch.manual_seed(0)
     model = empty_vit(Pretraining(width=16, layers=2))
     model.save_pretrained(folder / "few_shot_quick_vit")
     budget = Budget(tasks=6, accumulate=2, snapshots=(2,), fisher_tasks=2, experts=2)
-    sizes = Sizes(episodes=3, routed_episodes=2, curve_episodes=2, tuned_episodes=1, seeds=1)
+    sizes = Sizes(episodes=3, routed_episodes=2, curve_episodes=2, tuned_episodes=1, seeds=1, first_seed=first_seed)
     return Bench(given, partial(opened, folder / "few_shot_quick_vit"), budget, sizes, folder / "few_shot_quick_rows")
 
 
@@ -262,6 +275,14 @@ def opened(folder: Path) -> nn.Module:
     """The pretrained backbone, read anew."""
     disable_progress_bar()
     return ViTModel.from_pretrained(folder, add_pooling_layer=False)
+
+
+def home_of(cache: Path, drawing: Drawing, first_seed: int) -> Path:
+    """Where cells, rows and domains lie: `cache` for the usual ones, a folder in it for each other choice."""
+    if drawing == Drawing() and first_seed == 0:
+        return cache
+    name = hashlib.sha256(f"{drawing} {first_seed}".encode()).hexdigest()[:10]
+    return cache / f"few_shot-{name}"
 
 
 def compact(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -278,39 +299,54 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=HOME / "few_shot_vit", help="where the backbone lies")
+    parser.add_argument("--out", type=Path, help="where the backbone lies; of other scripts, it is trained there first")
     parser.add_argument("--cache", type=Path, default=HOME, help="folder for drawn domains, trained rows and cells")
     parser.add_argument("--pretrain", action="store_true", help="train the backbone and end")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="of meta-tuning and its episodes")
+    parser.add_argument(
+        "--draw-seed", type=int, default=0, help="which letters and fonts, and which classes are unseen"
+    )
+    styles = f"scripts of one domain, ', STYLE' of {', '.join(STYLES)}; may stand several times"
+    parser.add_argument("--train-scripts", action="append", default=[], help=styles)
+    parser.add_argument("--held-out-scripts", action="append", default=[], help=styles)
+    parser.add_argument("--fonts", type=Path, default=FONTS, help="folder of .ttf files")
     parser.add_argument("--backwards", action="store_true", help="the last rows first, beside a second process")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; no file of results is written")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="print the tables of what is in the cache")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    file = given.cache / "few_shot.jsonl"
+    drawing = Drawing(tuple(given.train_scripts), tuple(given.held_out_scripts), given.fonts, given.draw_seed)
+    drawing.domains()
+    own = home_of(given.cache, drawing, given.first_seed)
+    usual = drawing == Drawing()
+    vit = given.out or (HOME if usual else own) / "few_shot_vit"
+    record, file = RESULT if own == given.cache else own / "few_shot.json", own / "few_shot.jsonl"
     if given.report:
-        print(json.loads(RESULT.read_text("utf-8"))["markdown"] if not file.exists() else tables(Cells(file).found))
+        print(json.loads(record.read_text("utf-8"))["markdown"] if not file.exists() else tables(Cells(file).found))
         return
-    given.cache.mkdir(parents=True, exist_ok=True)
+    own.mkdir(parents=True, exist_ok=True)
     if given.quick:
         cells = Cells(None)
-        run(quick(given.cache, given.data), cells)
+        run(quick(own, given.data, drawing, given.first_seed), cells)
         print(tables(cells.found))
         return
     started = time.process_time()
-    drawn = world(given.cache / "few_shot.pt", given.data)
+    drawn = world(own / "few_shot.pt", given.data, drawing=drawing)
     if given.pretrain:
-        print(pretrain(given.out, drawn.pretraining))
+        print(pretrain(vit, drawn.pretraining))
         return
-    if not (given.out / "config.json").exists():
-        raise SystemExit(f"{given.out} holds no backbone; train it with --pretrain.")
-    sizes, budget = Sizes(seeds=given.seeds), Budget()
-    bench = Bench(drawn, partial(opened, given.out), budget, sizes, given.cache / "few_shot_rows")
+    if not (vit / "config.json").exists():
+        if usual:
+            raise SystemExit(f"{vit} holds no backbone; train it with --pretrain.")
+        pretrain(vit, drawn.pretraining)  # the usual one has seen signs that are kept for retention here
+    sizes, budget = Sizes(seeds=given.seeds, first_seed=given.first_seed), Budget()
+    bench = Bench(drawn, partial(opened, vit), budget, sizes, own / "few_shot_rows")
     cells = Cells(file, time.time() + 60 * given.minutes)
     if given.rows:
-        for seed in range(given.seeds):
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             for name in given.rows:
                 bench.both_ways(cells, row_named(name), seed)
         return
@@ -320,7 +356,8 @@ def main() -> None:
         cells.read()
         result = {"budget": asdict(budget), "sizes": asdict(sizes), "pretraining": asdict(Pretraining())}
         result |= {"markdown": tables(cells.found), "cells": compact(cells.found)}
-        write_json(RESULT, {**surroundings(started), "command": "python -m benchmarks.few_shot", **result})
+        command = f"python -m benchmarks.few_shot {shlex.join(sys.argv[1:])}".strip() if record != RESULT else COMMAND
+        write_json(record, {**surroundings(started), "command": command, **result})
 
 
 if __name__ == "__main__":

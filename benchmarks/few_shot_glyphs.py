@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fontTools.ttLib import TTFont
+from fontTools.unicodedata import Scripts
 from fontTools.unicodedata import script as script_of
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -41,8 +42,10 @@ OUT_SCRIPTS = {
     "ancient, broken": "Lina Linb Cprt Ugar Xpeo Cari Lyci Lydi Ital Goth Orkh Hung Phnx Armi Sarb Narb Khar Brah Avst",
     "held-out scripts, striped": "Mong Plrd Hmng Newa Tavt Pauc Shrd Gran Phag Sidd Tirh Talu",
 }
-IN_DOMAINS = (*IN_SCRIPTS, "textures", "shapes")
-OUT_DOMAINS = (*OUT_SCRIPTS, "digits", "omniglot", "mnist", "photographs")
+TRAINED, HELD_OUT = "trained", "held out"
+"""How domains begin that somebody names: `trained: Latn Grek`."""
+IN_DOMAINS = (*IN_SCRIPTS, TRAINED, "textures", "shapes")
+OUT_DOMAINS = (*OUT_SCRIPTS, HELD_OUT, "digits", "omniglot", "mnist", "photographs")
 KEPT = "retention"
 PARTS = ("train", "held_in", "out")
 
@@ -214,13 +217,14 @@ def striped(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 STYLES: dict[str, Style] = {
-    "seasia, outlined": outlined,
-    "syllabaries, noisy negatives": noisy_negative,
-    "semitic, low resolution": low_resolution,
-    "modern scripts, dotted": dotted,
-    "ancient, broken": broken,
-    "held-out scripts, striped": striped,
+    "outlined": outlined,
+    "noisy negatives": noisy_negative,
+    "low resolution": low_resolution,
+    "dotted": dotted,
+    "broken": broken,
+    "striped": striped,
 }
+"""By what stands behind the comma of a domain's name."""
 
 
 def pictures(
@@ -336,18 +340,87 @@ def split(all_of_it: Pictures, rng: np.random.Generator, share: float = 0.7) -> 
     return all_of_it.of(order[:cut]), all_of_it.of(order[cut:])
 
 
-def render(data: Path, seed: int = 0, most: int = MOST_CLASSES) -> World:
-    """Draw everything; scripts of which no font is installed are missing, and a domain without classes is an error."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    named = {name: scripts.split() for name, scripts in (IN_SCRIPTS | OUT_SCRIPTS).items()}
-    glyphs = letters({script for scripts in named.values() for script in scripts} | set(PRETRAINING))
+@dataclass(frozen=True)
+class Drawing:
+    """Which writing systems are drawn, by ISO 15924 codes, from which fonts and with which randomness.
+
+    Of `trained` and `held_out` each entry is a domain, such as "Armn Geor" or "Thai Laoo, striped"; none: the usual
+    ones.
+    """
+
+    trained: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    fonts: Path = FONTS
+    seed: int = 0
+
+    def domains(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Scripts by domain, of training and held out. SystemExit for one that is on both sides, or pretrained on."""
+        inside = _asked(TRAINED, self.trained) or {name: codes.split() for name, codes in IN_SCRIPTS.items()}
+        outside = _asked(HELD_OUT, self.held_out) or {name: codes.split() for name, codes in OUT_SCRIPTS.items()}
+        if self.trained and not self.held_out:
+            outside = _without(outside, inside)
+        if self.held_out and not self.trained:
+            inside = _without(inside, outside)
+        places: dict[str, str] = dict.fromkeys(PRETRAINING, "the pretraining corpus")
+        for name, codes in (inside | outside).items():
+            for code in codes:
+                if code in places:
+                    raise SystemExit(f"{name}: script {code} is in {places[code]} too; name it once, in one of them.")
+                places[code] = name
+        return inside, outside
+
+
+def _without(usual: dict[str, list[str]], named: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The usual domains but for the scripts that somebody put elsewhere."""
+    taken = {code for codes in named.values() for code in codes}
+    left = {name: [code for code in codes if code not in taken] for name, codes in usual.items()}
+    return {name: codes for name, codes in left.items() if codes}
+
+
+def _asked(kind: str, given: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in given:
+        codes, comma, style = entry.partition(",")
+        if not codes.split() or (comma and style.strip() not in STYLES):
+            raise SystemExit(f"{entry!r}: expected script codes, such as 'Armn Geor', perhaps ', ' and {list(STYLES)}.")
+        found[f"{kind}: {' '.join(codes.split())}" + (f", {style.strip()}" if comma else "")] = codes.split()
+    return found
+
+
+def _require(glyphs: Glyphs, drawing: Drawing) -> None:
+    """SystemExit for a script that somebody names and no font draws."""
+    for entry in (*drawing.trained, *drawing.held_out):
+        for code in entry.partition(",")[0].split():
+            if not glyphs[code]:
+                why = "no font has a letter of it" if code in Scripts.NAMES else "there is no such ISO 15924 code"
+                there = len(list(drawing.fonts.rglob("*.ttf"))) if drawing.fonts.is_dir() else 0
+                raise SystemExit(
+                    f"script {code!r}: {why} ({there} .ttf files under {drawing.fonts}); install one, such as Debian's "
+                    "fonts-noto-core, give --fonts, or name another script."
+                )
+
+
+def render(data: Path, drawing: Drawing | None = None, most: int = MOST_CLASSES) -> World:
+    """Draw everything. Of the usual scripts those that no font has are missing; one that is named must be there.
+
+    SystemExit for a domain with too few letters.
+    """
+    drawing = drawing or Drawing()
+    rng, generator = np.random.default_rng(drawing.seed), torch.Generator().manual_seed(drawing.seed)
+    inside, outside = drawing.domains()
+    named = inside | outside
+    glyphs = letters({script for scripts in named.values() for script in scripts} | set(PRETRAINING), drawing.fonts)
+    _require(glyphs, drawing)
     pen = Pen()
     whole: dict[str, Pictures] = {}
     for name, scripts in named.items():
         classes = pen.classes({k: v for script in scripts for k, v in glyphs[script].items()}, most, rng)
         if len(classes) < 2 * FEWEST:
-            raise SystemExit(f"{name}: {len(classes)} letters found; install fonts-noto-core and fonts-dejavu-core.")
-        whole[name] = pictures(classes, STYLES.get(name, plain), generator)
+            raise SystemExit(
+                f"{name}: {len(classes)} letters found under {drawing.fonts}, and a domain needs {2 * FEWEST}; install "
+                "fonts-noto-core and fonts-dejavu-core, or put more scripts into it."
+            )
+        whole[name] = pictures(classes, STYLES.get(name.rpartition(", ")[2], plain), generator)
     whole |= {"textures": textures(most // 2, rng), "shapes": shapes(most // 2, rng)}
     whole |= {"digits": digits(), "photographs": photographs(rng)}
     if (data / "omniglot").is_dir():
@@ -360,20 +433,21 @@ def render(data: Path, seed: int = 0, most: int = MOST_CLASSES) -> World:
     faces = torch.from_numpy(np.stack([logographs[i][0] for i in order]))
     items = faces[:unseen].repeat_interleave(PER_CLASS, 0)
     whole[KEPT] = _pictures((degraded(items, generator) * 255).numpy(), PER_CLASS)
-    halves = {name: split(whole[name], rng) for name in IN_DOMAINS}
+    halves = {name: split(whole[name], rng) for name in (*inside, "textures", "shapes")}
+    others = (*outside, *(name for name in OUT_DOMAINS if name not in OUT_SCRIPTS), KEPT)
     return World(
         {name: half[0] for name, half in halves.items()},
         {name: half[1] for name, half in halves.items()},
-        {name: whole[name] for name in (*OUT_DOMAINS, KEPT) if name in whole},
+        {name: whole[name] for name in others if name in whole},
         Pictures(faces[unseen:], torch.arange(len(faces) - unseen)),
     )
 
 
-def world(cache: Path, data: Path, most: int = MOST_CLASSES) -> World:
+def world(cache: Path, data: Path, most: int = MOST_CLASSES, drawing: Drawing | None = None) -> World:
     """The domains, from the cache file or drawn into it."""
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        made = render(data, most=most)
+        made = render(data, drawing, most)
         parts = {key: {n: (p.images, p.labels) for n, p in getattr(made, key).items()} for key in PARTS}
         torch.save(parts | {"pretraining": (made.pretraining.images, made.pretraining.labels)}, cache)
         return made

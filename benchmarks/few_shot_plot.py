@@ -16,6 +16,7 @@ FILE = Path("benchmarks/results/few_shot.svg")
 HOME = Path.home() / ".cache/mixwright"
 WIDE, HIGH, EDGE = 430.0, 330.0, 48.0
 COLOURS = {"P>M>F": "#b5472f", "P>M>F + distillation": "#c99a2e", "SMAT": "#2f6db5"}
+LONGER = ", 4 x tasks"
 Point = tuple[float, float]
 
 
@@ -79,19 +80,22 @@ def escaped(text: str) -> str:
 
 
 def learning(cells: Mapping[str, Mapping[str, Any]]) -> Panel | None:
-    """Accuracy in (solid) and out of distribution (dashed) by tasks seen."""
+    """Accuracy in (solid) and out of distribution (dashed) by tasks seen, of the long runs where they are measured."""
     curves, direct = found(cells, "curve"), found(cells, "direct")
     if not curves:
         return None
     number = len(next(iter(curves.values()))[0][KEPT]["accuracy"])
+    curves = {key: scores for key, scores in curves.items() if LONGER in key} or curves
     last = max(int(key.split("|")[1]) for key in curves) * 2
     lines: dict[tuple[str, str], list[Point]] = {}
     for name in COLOURS:
-        steps = sorted((int(key.split("|")[1]), scores) for key, scores in curves.items() if key.split("|")[0] == name)
-        if not steps or name not in direct:
+        parts = [(key.split("|"), scores) for key, scores in curves.items()]
+        steps = sorted((int(tasks), scores) for (of, tasks), scores in parts if of.removesuffix(LONGER) == name)
+        long = next((of for (of, _), _ in parts if of.removesuffix(LONGER) == name), name)
+        if not steps or long not in direct:
             continue
         for dash, domains in (("", IN_DOMAINS), ("5 4", OUT_DOMAINS)):
-            at = [(0, direct[PRETRAINED]), *steps, (last, direct[name])]
+            at = [(0, direct[PRETRAINED]), *steps, (last, direct[long])]
             lines[name, dash] = [(float(tasks), mean(cut(scores, number), domains).value) for tasks, scores in at]
     panel = Panel(0, "Learning: in (solid), out of distribution (dashed)", "tasks seen", "accuracy, %",
                   [point for line in lines.values() for point in line])  # fmt: skip
@@ -106,8 +110,11 @@ def cut(scores: Scores, number: int) -> Scores:
 
 
 def forgetting(cells: Mapping[str, Mapping[str, Any]]) -> Panel:
-    """The gain out of distribution against the change of retention: dials as lines, every row as a point."""
-    direct, dials = found(cells, "direct"), found(cells, "dial")
+    """The gain out of distribution against the change of retention: dials as lines, every row as a point.
+
+    The pool's dial is that of what each support set chooses. Of its variants only the points are drawn.
+    """
+    direct, dials = found(cells, "direct"), found(cells, "dial") | found(cells, "routed dial")
     base = direct[PRETRAINED]
 
     def place(scores: Scores) -> Point:
@@ -116,16 +123,17 @@ def forgetting(cells: Mapping[str, Mapping[str, Any]]) -> Panel:
     rows = {name: place(scores) for name, scores in direct.items() if name != PRETRAINED}
     lines = {
         name: [(0.0, 0.0), *(place(dials[key]) for key in sorted(dials) if key.split("|")[0] == name), rows[name]]
-        for name in COLOURS
+        for name in (*COLOURS, *(f"{name}{LONGER}" for name in COLOURS))
         if name in rows
     }
     points = [*rows.values(), *(point for line in lines.values() for point in line)]
-    panel = Panel(WIDE + 20, "Gain against forgetting (dials from 0 to 1)", "change of retention, points",
+    title = "Gain against forgetting (dials from 0 to 1; solid: 4 x tasks)"
+    panel = Panel(WIDE + 20, title, "change of retention, points",
                   "gain out of distribution, points", points)  # fmt: skip
     for name, point in rows.items():
-        panel.dot(point, "#777", name)
+        panel.dot(point, "#777", "" if "SMAT, " in name and LONGER not in name else name)
     for name, line in lines.items():
-        panel.line(line, COLOURS[name])
+        panel.line(line, COLOURS[name.removesuffix(LONGER)], "" if LONGER in name else "5 4")
     return panel
 
 

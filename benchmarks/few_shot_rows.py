@@ -244,9 +244,8 @@ class _Watched:
 
     def __init__(self, objective: EpisodeLoss, at: Sequence[int]) -> None:
         self.objective, self.at, self.seen = objective, set(at), 0
+        self.at_once = objective.at_once
         self.kept: dict[int, State] = {}
-
-    at_once = EpisodeLoss.at_once
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         return self.together(model, [batch])

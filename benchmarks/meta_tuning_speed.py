@@ -4,11 +4,11 @@
     python -m benchmarks.meta_tuning_speed --only route [--pixels 224]   # routing, merging, switching alone
     python -m benchmarks.meta_tuning_speed --report
 
-A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode.
-P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with momentum over the backbone's
-own weights. A step is `accumulate` (4) episodes, forward and backward, which the pool merges weights for at once, and
-one update (clipping and SGD over masks, shared change, multipliers, AdamW over the router); the two are measured apart,
-medians put together.
+A ViT-S/16 (384 x 12, random weights), M = 8, one thread, processor time; all contenders alternate on the same episode,
+and P>M>F runs before each. P>M>F is a loop of its own: one pass over support and queries, its backward pass, SGD with
+momentum over the backbone's own weights. A step is `accumulate` (4) episodes, forward and
+backward, which the pool merges weights for at once, and one update (clipping and SGD over masks, shared change,
+multipliers, AdamW over the router); the two are measured apart, medians put together.
 `network` is what passes of the backbone alone would say, counting a forward pass of an item as 1 and a backward pass
 as 2: what is above it are merging, its gradient and the constraint, which do not grow with the images.
 
@@ -36,6 +36,7 @@ PLAIN = "P>M>F"
 KEPT = {"frozen_cache": 10_000}
 CONTENDERS: Mapping[str, Mapping[str, Any]] = {
     "paper: both terms, inner step": {},
+    "both terms, frozen features kept": {"inner_rate": 0.0, **KEPT},
     "both terms of a quarter of the queries, inner step, frozen features kept": {"distilled": 0.25, **KEPT},
     "both terms of a quarter of the queries": {"inner_rate": 0.0, "distilled": 0.25},
     "no distillation, inner step": {"distillation": 0.0},
@@ -161,22 +162,24 @@ def steps(given: argparse.Namespace, backbone: nn.Module) -> Iterator[dict[str, 
     task = episode(given.pixels, given.shots, given.queries)
     learn, plain_update = plain_step(backbone, task)
     runs, update = pool_step(pool(backbone), task)
-    runs = {PLAIN: learn, **runs}
     plain_step(backbone, episode(given.pixels, 1, 1))[0]()  # a small warm-up
     found: dict[str, list[float]] = {name: [] for name in runs}
+    beside: dict[str, list[float]] = {name: [] for name in runs}
     updates: dict[str, list[float]] = {PLAIN: [], "pool": []}
     for number in range(given.rounds):
         for name in [*runs][number % len(runs) :] + [*runs][: number % len(runs)]:
+            beside[name].append(seconds(learn))
             found[name].append(seconds(runs[name]))
-            print(name, found[name][-1], flush=True)
+            print(name, found[name][-1], PLAIN, beside[name][-1], flush=True)
         updates[PLAIN].append(seconds(plain_update))
         updates["pool"].append(seconds(update))
-        yield _summed(given, found, updates)
+        yield _summed(given, found, beside, updates)
 
 
-def _summed(given: argparse.Namespace, found: Any, updates: Any) -> dict[str, Any]:
-    once = {name: statistics.median(values) for name, values in found.items()}
+def _summed(given: argparse.Namespace, found: Any, beside: Any, updates: Any) -> dict[str, Any]:
+    found = {PLAIN: [each for values in beside.values() for each in values], **found}
     turns = {kind: statistics.median(values) for kind, values in updates.items()}
+    once = {name: statistics.median(values) for name, values in found.items()}
     whole = {n: s + turns[PLAIN if n == PLAIN else "pool"] for n, s in once.items()}
     shots, queries = WAYS * given.shots, WAYS * given.queries
     rows = {

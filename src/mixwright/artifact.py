@@ -80,8 +80,13 @@ def load(
         ledger=read_entries(folder) if stored.components else {},
     )
     _all_used(composed, state, name)
-    if stored.active is not None:
-        composed.set_active([expert for expert in stored.active if expert in composed.experts])
+    try:
+        if stored.active is not None:
+            composed.set_active([expert for expert in stored.active if expert in composed.experts])
+        composed.restrain(stored.forbidden, stored.frozen)
+    except ValueError as error:
+        composed.remove()
+        raise CatalogError("CONFIG", name, str(error)[:400]) from error
     return composed
 
 
@@ -124,7 +129,10 @@ def read_added(folder: Path, lock: dict[str, Any], name: str) -> dict[str, Tenso
     from safetensors.torch import load as parse_tensors
 
     data = _read(folder, ADDED, name, _ADDED_LIMIT)
-    record = (lock.get("added") or {}).get(ADDED) or {}
+    listed: Any = lock.get("added")
+    record: Any = listed.get(ADDED) if isinstance(listed, dict) else None
+    if not isinstance(record, dict):
+        raise CatalogError("CONFIG", name, f"{LOCK} says nothing of {ADDED}; copy the folder or download it again.")
     if sha256_bytes(data) != record.get("sha256"):
         raise CatalogError(
             "HASH", name, f"{ADDED} is not the file that {LOCK} was written for; copy the folder or download it again."

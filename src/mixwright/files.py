@@ -176,8 +176,16 @@ def staged_folder(final: Path, *, replace: bool = False) -> Generator[Path, None
     final = final.absolute()
     if not replace and final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CatalogError("PATH", str(final), "this is in use; give a new or empty folder.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = error.strerror or type(error).__name__
+        raise CatalogError(
+            "PATH", str(final), f"no folder can be made here ({why}); give a place that can be written to."
+        ) from error
     try:
         staging.chmod(0o755)
         yield staging

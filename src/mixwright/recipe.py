@@ -117,7 +117,7 @@ class EpisodeConfig:
     weights: dict[str, Annotated[float, Gt(0)]] | None = None
     """How often each domain is drawn, by name, beside 1 for those not named."""
     hierarchy: bool = True
-    """Whether the classes of an episode are of one group, where classes have groups."""
+    """Whether the classes of an episode are of one group, where classes have groups. With `shots` they are of any."""
     augment: Literal["none", "shapes", "photos"] = "photos"
     """How training images are varied: cropped, mirrored and their colours moved; `shapes`, for writing and drawings,
     less so and never mirrored."""

@@ -24,12 +24,12 @@ def _examples(path: Path, seed: int, items: int = 9) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["whole", "block"])
+def pool(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     home = tmp_path_factory.mktemp("pool")
     backbone: Any = tiny_backbone("vit")
     backbone.save_pretrained(home / "backbone")
-    model = mw.compose("smat", backbone=load_backbone(home / "backbone"), experts=3)
+    model = mw.compose("smat", backbone=load_backbone(home / "backbone"), experts=3, mixture=request.param)
     assert isinstance(model, EpisodicModel)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():

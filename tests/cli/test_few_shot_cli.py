@@ -22,7 +22,7 @@ EPISODES = {"ways": [2, 4], "queries": 2, "support": 12, "augment": "none"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained composition over tiny images and one over texts, each with a new task."""
+    """A trained composition over tiny images and one over texts, the latter by block, each with a new task."""
     root = tmp_path_factory.mktemp("few-shot")
     tiny_backbone("vit").save_pretrained(root / "vit")
     tiny_backbone("bert").save_pretrained(root / "bert")
@@ -38,17 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"text": text, "label": domain.class_names[at]} for text, at in zip(domain.items, domain.labels)]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(root, "vit", "strokes.npz", "known")
-    train(root, "bert", "notes.jsonl", "chat.jsonl")
+    train(root, "bert", "notes.jsonl", "chat.jsonl", mixture="block", diversity=0.3)
     return root
 
 
-def train(root: Path, backbone: str, domain: str, task: str) -> None:
+def train(root: Path, backbone: str, domain: str, task: str, **config: Any) -> None:
     recipe = {
         "method": "smat",
         "backbone": str(root / backbone),
         "output_dir": str(root / f"run-{backbone}"),
         "data": {"domains": {"one": str(root / domain)}, "new_tasks": {"new": str(root / task)}},
-        "config": {"experts": 2, "steps": 3, "learning_rate": 0.05, "episodes": EPISODES},
+        "config": {"experts": 2, "steps": 3, "learning_rate": 0.05, "episodes": EPISODES, **config},
     }
     report = mw.train(recipe, quiet=True)
     assert list(report.stages) == ["meta-tune", "adapt"] and "held-out error" in report.stages["adapt"].said

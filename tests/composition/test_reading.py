@@ -42,7 +42,7 @@ def test_a_picture_that_is_not_there_is_named(vision: Any) -> None:
     with pytest.raises(ValueError, match="nothing.png: cannot be read"):
         vision.read([Path("nothing.png")])
     for text in ("nothing.png", "a text", "\0", "x" * 9999):
-        with pytest.raises(TypeError, match="items of str: nothing beside the backbone reads them"):
+        with pytest.raises(TypeError, match="there is no such file; the backbone reads pictures"):
             vision.read([text])
     with pytest.raises(TypeError, match="a int among pictures"):
         vision.read([pictures()[0], 3])

@@ -165,6 +165,13 @@ def test_classes_of_an_episode_are_of_one_group():
     assert any(not (classes <= birds or classes <= fish) for classes in mixed)
 
 
+def test_fixed_episodes_are_of_any_classes_whatever_their_groups():
+    family = domain(sizes=(5,) * 6, groups=("bird", "bird", "bird", "fish", "fish", "fish"))
+    seen = [set(fixed(family).episode(index).meta["classes"]) for index in range(60)]
+    within = [classes for classes in seen if classes <= {"0", "1", "2"} or classes <= {"3", "4", "5"}]
+    assert 0 < len(within) < 20  # 2 of 20 choices of three classes are of one group
+
+
 def test_a_domain_without_a_large_enough_group_draws_from_all_its_classes():
     lone = domain(sizes=(5,) * 6, groups=("a", "b", "c", "d", "e", "f"))
     assert {variable(lone, ways=(4, 6)).episode(index).ways for index in range(30)} == {4, 5, 6}

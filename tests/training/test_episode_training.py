@@ -236,3 +236,10 @@ def test_the_recipe_of_the_method_s_page_is_one() -> None:
     found = decode(Recipe, parse_yaml(block, "page"))
     config = decode(SmatConfig, found.config)
     assert found.data.domains and config.episodes.ways == (5, 20) and config.episodes.held_out_classes == 0.2
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_training(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"recipe.output_dir: .*file is no folder that can be written to"):
+        mw.train(recipe(folder, tmp_path / "file" / "run"), dry_run=True, quiet=True)
+    assert (tmp_path / "file").read_text() == "in the way"

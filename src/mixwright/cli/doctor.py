@@ -62,6 +62,7 @@ def doctor(
     Of a model, whether it is fit to have its weights chosen by few-shot examples: tied weights, norms, features, the
     same bits twice and either way weights are replaced, and the memory and time of a pool of sparse experts on it.
     """
+    _require(catalog)
     model = _model(catalog, experts) if catalog and os.path.isfile(os.path.join(catalog, "config.json")) else None
     built, refused = _build() if build else (None, None)
     report: dict[str, Any] = {
@@ -96,6 +97,14 @@ def doctor(
         if model is not None:
             _print_model(model)
     raise typer.Exit(1 if troubles else 0)
+
+
+def _require(folder: str | None) -> None:
+    """Raises ValueError for what is neither a catalogue nor a model."""
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder; give a catalogue's, or a model's, or leave it out.")
+    if folder is not None and os.path.isfile(os.path.join(folder, "composition.yaml")):
+        raise ValueError(f"{folder}: this is a composition; give the folder of the backbone that it stands on.")
 
 
 def _model(folder: str, experts: int) -> "Fitness":

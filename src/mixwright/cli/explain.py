@@ -260,6 +260,8 @@ def _deliver(
     as_json: bool,
 ) -> None:
     """Write the page where one is asked for; then JSON alone, or the view for a terminal."""
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output}: this is a folder; name a file, such as {output / 'page.html'}.")
     if output is not None:
         from mixwright.files import write_atomic
 

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mixwright.backbones.hf import load_tokenizer
-from mixwright.backbones.image_settings import image_channels, image_side, load_image_settings, reads_images
+from mixwright.backbones.image_settings import (
+    image_channels,
+    image_side,
+    load_image_settings,
+    own_settings,
+    reads_images,
+)
 from mixwright.data.collate import Tokenizer
 from mixwright.data.domains import Domain
 from mixwright.data.encoded import Encoded
@@ -54,6 +60,7 @@ class DomainReaders:
         contents = {check_readable(domain, backbone) for domain in domains}
         tokenizer = load_tokenizer(path, revision=revision) if "texts" in contents else None
         images = load_image_settings(path, revision=revision) if "images" in contents else None
+        images = images or own_settings(backbone)
         return cls(backbone, tokenizer, images, image_size, length=length)
 
     def augmenting(self, augmentation: Augmentation | None) -> "DomainReaders":

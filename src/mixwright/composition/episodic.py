@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixwright.backbones.eval_mode import eval_mode
+from mixwright.backbones.image_settings import reads_images
 from mixwright.composition.adaptations import Adaptation, adaptation_in, forget, names_in
 from mixwright.composition.checkpointing import checkpoint_options
 from mixwright.composition.features import FeatureExtractor, Features
@@ -20,7 +22,7 @@ from mixwright.composition.reading import reader_of
 from mixwright.composition.rollback import Rollback
 from mixwright.composition.route import Route
 from mixwright.composition.substitution import in_place_of
-from mixwright.composition.support import Given, Labelled, Read, labelled, shapes_of
+from mixwright.composition.support import Given, Labelled, Read, labelled, refuse_whole_pixels, shapes_of
 from mixwright.experts.base import AbstractDeltas
 from mixwright.ops.prototypes import class_means
 from mixwright.ops.rows import Inputs, count, take
@@ -91,8 +93,10 @@ class EpisodicModel(ComposedModel):
         return self._rollback.pristine() if self._rollback.depth else {}
 
     def frozen_features(self, inputs: Inputs, *, batch_size: int | None = None) -> Float[Tensor, "items width"]:
-        """Features under the pretrained weights, in evaluation, without gradients."""
-        return self.settled_features(inputs, self._overwritten(), batch_size=batch_size)
+        """Features under the pretrained weights, in evaluation, without gradients. Raises ValueError for items that the
+        backbone can't read."""
+        with self._reading(inputs, "items"):
+            return self.settled_features(inputs, self._overwritten(), batch_size=batch_size)
 
     def routing(self, support: SupportSet, features: Float[Tensor, "shots width"] | None = None) -> Routing:
         """How much each expert counts for a support set; `features`: its frozen features, where they are known."""
@@ -125,10 +129,39 @@ class EpisodicModel(ComposedModel):
         """
         names = self.mixture.experts.names
         for pattern in patterns:
+            if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]  a border
+                raise TypeError(f"forbid: {pattern!r}; give globs one by one, such as forbid('*.bias', '*norm*').")
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"{pattern!r} names none of the parameters that may change ({names[0]}, ...).")
         self._forbidden = frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
-        return tuple(name for name in names if name in self._forbidden)
+        return self.forbidden
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """The parameters that no adaptation changes, by a person's word; saved with the model."""
+        return tuple(name for name in self.mixture.experts.names if name in self._forbidden)
+
+    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
+        """Keep an expert through further training as it is, its change wherever it acts; saved with the model.
+
+        Raises ValueError for an expert that is not in the model.
+        """
+        self.mixture.experts.freeze(self.index(expert), frozen)
+
+    @property
+    def frozen_experts(self) -> tuple[str, ...]:
+        """The experts that further training leaves as they are."""
+        return tuple(name for name, kept in zip(self.experts, self.mixture.experts.frozen.tolist()) if kept)
+
+    def restrain(self, forbidden: Sequence[str], frozen: Sequence[str]) -> None:
+        """As the base class says."""
+        strange = sorted(set(forbidden) - set(self.mixture.experts.names))
+        if strange:
+            raise ValueError(f"forbidden: {strange[0]!r} is none of the parameters that may change.")
+        places = [self.index(expert) for expert in frozen]
+        self._forbidden = frozenset(forbidden)
+        for place in places:
+            self.mixture.experts.freeze(place)
 
     @torch.no_grad()
     def commit(self, support: Given | Route | Routing | str, strength: float | None = None) -> Routing:
@@ -192,19 +225,28 @@ class EpisodicModel(ComposedModel):
         """`settled_features`. Raises ValueError for no items, for items the backbone can't read, and for NaN."""
         if not count(inputs):
             raise ValueError(f"{what}: empty; expected one item or more.")
-        try:
+        if reads_images(self.backbone) is True:
+            refuse_whole_pixels(inputs, what)
+        with self._reading(inputs, what):
             features = self.settled_features(inputs, weights, batch_size=batch_size)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{what}: the backbone, a {type(self.backbone).__name__}, cannot read items of {shapes_of(inputs)} "
-                f"({str(error).strip().splitlines()[0]}); bring them to its size."
-            ) from error
         bad = (~features.isfinite()).any(1).nonzero()
         if len(bad):
             raise ValueError(f"{what}: the backbone's features of item {int(bad[0])} are not finite.")
         return features
+
+    @contextmanager
+    def _reading(self, inputs: Inputs, what: str) -> Generator[None]:
+        """What goes wrong in a pass over `inputs` becomes one ValueError that says what came."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{what}: the backbone, a {type(self.backbone).__name__}, cannot read items of {shapes_of(inputs)} "
+                f"({reason}); bring them to its size."
+            ) from error
 
     def settled_routing(self, support: Given) -> Routing:
         """`routing` in evaluation: nothing is drawn, no gradients. Raises ValueError for a support with a fault."""
@@ -301,9 +343,10 @@ class EpisodicModel(ComposedModel):
             routing = given.routing if isinstance(given, Route) else given
             if not isinstance(routing, Routing):
                 routing = self.settled_routing(routing)
-        strength = 1.0 if strength is None else float(strength)
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength}: expected 0 (the pretrained model) to 1.")
+        strength = 1.0 if strength is None else strength
+        if not isinstance(strength, Real) or not 0 <= strength <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]  a border
+            raise ValueError(f"strength {strength!r}: expected 0 (the pretrained model) to 1.")
+        strength = float(strength)
         with eval_mode(self.mixture.experts):
             return routing, self.weights_for(routing, strength)
 

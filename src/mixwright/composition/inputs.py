@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixwright.backbones.image_settings import image_channels, image_side, own_settings
+
 SOURCE, TARGET = 7, 5
 """Tokens of an encoder's text and of the main stream: different, so that their activations can be told apart."""
 
@@ -15,13 +17,17 @@ def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
     """Keyword arguments for one forward pass of `model`, on its device; None if its config does not tell them.
 
     Token ids for language models (with `decoder_input_ids` of another length where there is an encoder), pixels, audio
-    features or a wave form for the others.
+    features or a wave form for the others; pixels for a timm model, which has a config of its own.
     """
+    draw = torch.Generator().manual_seed(seed)
+    anchor = next(model.parameters(), torch.zeros(()))
+    side = None if own_settings(model) is None else image_side(model)
+    if side is not None:
+        pixels = torch.randn(_BATCH, image_channels(model), side, side, generator=draw)
+        return {"x": pixels.to(anchor.device, anchor.dtype)}
     config = getattr(model, "config", None)
     if config is None:
         return None
-    draw = torch.Generator().manual_seed(seed)
-    anchor = next(model.parameters(), torch.zeros(()))
     name = str(getattr(model, "main_input_name", "input_ids"))
     main = _main_input(name, config, draw)
     if main is None:

@@ -217,6 +217,24 @@ class ComposedModel(nn.Module):
         """The experts that the routers may choose."""
         return self.experts if self._active is None else self._active
 
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """The backbone's parameters that a person keeps as pretrained, of models that change weights; else none."""
+        return ()
+
+    @property
+    def frozen_experts(self) -> tuple[str, ...]:
+        """The experts that a person keeps as they are through training, of models that can; else none."""
+        return ()
+
+    def restrain(self, forbidden: Sequence[str], frozen: Sequence[str]) -> None:
+        """Forbid these parameters and freeze these experts, by their names, as they were when it was saved.
+
+        Raises ValueError for names that are not there, and for a model that can do neither.
+        """
+        if forbidden or frozen:
+            raise ValueError(f"{(*forbidden, *frozen)[0]!r}: this model can't forbid parameters or freeze experts.")
+
     def set_active(self, experts: Sequence[str] | None) -> None:
         """Let the routers choose among these experts only, until the next call; None: among all.
 
@@ -227,6 +245,8 @@ class ComposedModel(nn.Module):
             return  # experts without names all act, always
         ids = [self.index(expert) for expert in (self.experts if experts is None else experts)]
         ids += [i for i, expert in enumerate(self.experts) if expert == RESERVED]
+        if not ids:
+            raise ValueError("set_active: no expert is left to be chosen; name one or more, or use disabled().")
         masks = {site: _masks(mixture.router) for site, mixture in self._mixed().items()}
         unmasked = [site for site, found in masks.items() if not found]
         if unmasked:

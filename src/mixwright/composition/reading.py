@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixwright.backbones.hf import load_tokenizer
-from mixwright.backbones.image_settings import image_channels, image_side, load_image_settings, reads_images
+from mixwright.backbones.image_settings import (
+    image_channels,
+    image_side,
+    load_image_settings,
+    own_settings,
+    reads_images,
+)
 from mixwright.composition.support import Read
 from mixwright.data.images import picture, pixels_for
 from mixwright.data.texts import TextReader
@@ -23,6 +29,8 @@ def reader_of(model: "ComposedModel", items: Sequence[Any]) -> Read:
     read = _pictures(model) if wants_images and _shows(items[0]) else None
     if not wants_images and isinstance(items[0], str):
         read = _texts(model)
+    if read is None and wants_images and isinstance(items[0], str):
+        raise TypeError(f"{items[0][:200]!r}: there is no such file; the backbone reads pictures, and texts are paths.")
     if read is None:
         raise TypeError(
             f"items of {type(items[0]).__name__}: nothing beside the backbone reads them; give tensors, or set "
@@ -41,6 +49,7 @@ def _texts(model: "ComposedModel") -> Read | None:
 def _pictures(model: "ComposedModel") -> Read:
     path = model.composition.backbone.get("path")
     settings = load_image_settings(path, revision=model.composition.backbone.get("revision")) if path else None
+    settings = settings or own_settings(model.backbone)
     size = None if settings else image_side(model.backbone)
     pixels = pixels_for(settings, size=size, channels=image_channels(model.backbone))
     side = max(pixels.size, pixels.resize or 0)

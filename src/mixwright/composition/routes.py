@@ -24,6 +24,8 @@ def find_route(model: EpisodicModel, support: Given, *, resamples: int = 32, see
     `resamples`: supports drawn from this one with replacement, of which the spread of each weight is measured; a class
     that is not drawn is not there.
     """
+    if resamples < 0:
+        raise ValueError(f"resamples {resamples}: expected 0 or more.")
     known = model.labelled(support)
     labels = known.support.labels
     features = model.support_features(known.support)

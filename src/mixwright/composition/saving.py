@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 COMPOSITION = "composition.yaml"
+_IF_ANY = ("components", "forbidden", "frozen")
 ADDED = "added.safetensors"
 LOCK = "experts.lock.json"
 CARD = "README.md"
@@ -91,6 +92,10 @@ class StoredComposition:
     """The method's configuration."""
     active: tuple[str, ...] | None = None
     """Experts that the routers may choose; null: all."""
+    forbidden: tuple[str, ...] = ()
+    """Parameters of the backbone that a person keeps as pretrained, by name."""
+    frozen: tuple[str, ...] = ()
+    """Experts that a person keeps as they are through further training."""
     components: tuple[StoredComponent, ...] = ()
     """The pretrained models that the backbone is made of, in the order of `pool`; none where it is one model."""
 
@@ -137,7 +142,7 @@ def _write_components(model: "ComposedModel", stored: StoredComposition, ledger:
 
 def _encoded(stored: StoredComposition) -> dict[str, Any]:
     plain = encode(stored)
-    return plain if stored.components else {key: value for key, value in plain.items() if key != "components"}
+    return {key: value for key, value in plain.items() if value or key not in _IF_ANY}
 
 
 def stored_composition(model: "ComposedModel") -> StoredComposition:
@@ -151,6 +156,8 @@ def stored_composition(model: "ComposedModel") -> StoredComposition:
         pool=model.experts,
         config=dict(model.composition.config),
         active=None if model.active == model.experts else model.active,
+        forbidden=model.forbidden,
+        frozen=model.frozen_experts,
         components=tuple(_stored_component(at, part) for at, part in enumerate(parts_in(model))),
     )
 

@@ -52,14 +52,19 @@ def labelled(given: Given, like: Tensor, read: Read | None = None) -> Labelled:
 
 
 def placed(inputs: Any, like: Tensor, read: Read | None = None) -> Inputs:
-    """Inputs of any kind on the device of `like`, fractions in its dtype: tensors, arrays, or what `read` takes."""
+    """Inputs of any kind on the device of `like`, fractions in its dtype: tensors, arrays, or what `read` takes.
+
+    Raises TypeError for what is no batch of items, ValueError for numbers that make no tensor of fractions or integers.
+    """
     if isinstance(inputs, Mapping):
         named = cast(Mapping[str, Any], inputs)
-        return {name: _moved(torch.as_tensor(value), like) for name, value in named.items()}
+        return {name: _moved(_tensor(value), like) for name, value in named.items()}
+    if inputs is None or isinstance(inputs, int | float | complex):
+        raise TypeError(f"inputs: {inputs!r}; expected tensors, arrays, texts, pictures, or paths of pictures.")
     if not isinstance(inputs, Tensor) and not hasattr(inputs, "__array__"):
         items: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
         if items and hasattr(items[0], "__array__") and not hasattr(items[0], "save"):  # pictures are read
-            return placed(_stacked([torch.as_tensor(item) for item in items]), like, read)
+            return placed(_stacked([_tensor(item) for item in items]), like, read)
         if items and not isinstance(items[0], int | float | list | tuple):
             if read is None:
                 raise TypeError(
@@ -68,7 +73,18 @@ def placed(inputs: Any, like: Tensor, read: Read | None = None) -> Inputs:
                 )
             return placed(read(items), like)
         inputs = items
-    return _moved(torch.as_tensor(inputs), like)
+    return _moved(_tensor(inputs), like)
+
+
+def _tensor(values: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"inputs: they make no tensor ({reason}); give items of one shape, all numbers.") from error
+    if found.is_complex():
+        raise ValueError(f"inputs: of {found.dtype}; expected fractions or whole numbers.")
+    return found
 
 
 def _stacked(items: Sequence[Tensor]) -> Tensor:
@@ -95,6 +111,16 @@ def _numbered(labels: Any) -> tuple[Tensor, tuple[str, ...]]:
     names = sorted(set(listed))
     places = {name: place for place, name in enumerate(names)}
     return torch.tensor([places[label] for label in listed], dtype=torch.long), tuple(names)
+
+
+def refuse_whole_pixels(inputs: Inputs, what: str) -> None:
+    """Raises ValueError for images as whole numbers, which a backbone would take for fractions 255 times too large."""
+    pixels = inputs if isinstance(inputs, Tensor) else inputs.get("pixel_values")
+    if pixels is not None and not pixels.is_floating_point():
+        raise ValueError(
+            f"{what}: images of {pixels.dtype}; the backbone reads fractions. Give pictures or their paths, which are "
+            "read as it wants them, or pixels that were scaled and normalised."
+        )
 
 
 def shapes_of(inputs: Inputs) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -17,7 +18,9 @@ from mixwright.ops.rows import take
 class FixedEpisodes:
     """N-way K-shot: `ways` classes of one domain, `shots` items of each to learn from, up to `queries` to be asked.
 
-    A class takes part if it has more distinct items than `shots`.
+    A class takes part if it has more distinct items than `shots`. Groups of classes have no say here: the classes are
+    drawn from the whole domain, as N-way K-shot tests are (Vinyals et al. 2016); hierarchy is Meta-Dataset's
+    (`VariableEpisodes`).
     """
 
     domains: Sequence[Domain]
@@ -32,8 +35,8 @@ class FixedEpisodes:
         if not self.domains:
             raise ValueError("no domain to draw episodes from; give one or more.")
         for name, least, value in (("ways", 2, self.ways), ("shots", 1, self.shots), ("queries", 1, self.queries)):
-            if value < least:
-                raise ValueError(f"{name} {value}: expected {least} or more.")
+            if not _is_count(value) or value < least:
+                raise ValueError(f"{name} {value!r}: expected {least} or more, a whole number.")
         for domain in self.domains:
             require_classes(domain, self.ways, self.shots + 1)
 
@@ -78,8 +81,8 @@ class VariableEpisodes:
         """Raises ValueError for settings that allow no episode, and a domain that has none."""
         if not self.domains:
             raise ValueError("no domain to draw episodes from; give one or more.")
-        if not 2 <= self.ways[0] <= self.ways[1]:
-            raise ValueError(f"ways {self.ways[0]} to {self.ways[1]}: expected two rising numbers, of 2 or more.")
+        if len(self.ways) != 2 or not all(map(_is_count, self.ways)) or not 2 <= self.ways[0] <= self.ways[1]:
+            raise ValueError(f"ways {' to '.join(map(str, self.ways))}: expected two rising numbers, of 2 or more.")
         if self.queries < 1 or self.per_class < 1 or self.support < self.ways[1] or self.imbalance < 1:
             raise ValueError(
                 f"queries {self.queries}, per_class {self.per_class}, support {self.support}, imbalance "
@@ -205,6 +208,10 @@ def shuffled(values: Sequence[int], generator: Generator) -> list[int]:
 def drawn(weights: Sequence[float], generator: Generator) -> int:
     """A place, as often as its weight says."""
     return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=generator))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral)
 
 
 def _places(parts: Sequence[Rows]) -> Tensor:

@@ -85,7 +85,7 @@ def check_support(inputs: Any, labels: Any, *, where: str = "support") -> None:
 
     Classes may be as unbalanced as they like; each from 0 to the last needs one item, and there are two or more.
     """
-    _check_inputs(inputs, f"{where}: support")
+    _check_inputs(inputs, where if where == "support" else f"{where}: support")
     _check_labels(labels, count(inputs), f"{where}: labels")
     numbers = torch.bincount(labels[labels >= 0])
     if bool((labels < 0).any()):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixwright.backbones.eval_mode import eval_mode
+from mixwright.backbones.image_settings import own_settings
 from mixwright.composition.features import FeatureExtractor, Features
 from mixwright.composition.inputs import example_inputs
 from mixwright.composition.rollback import Rollback
@@ -71,9 +72,10 @@ def fitness(model: nn.Module, *, experts: int = 8, features: Features = "auto", 
         said = "its config does not say what its inputs look like; compose with feature_width=, and try it out."
         findings.append(Finding("features", "remark", said))
     known = getattr(model, "config", None)
+    library = "transformers" if known is not None and hasattr(model, "save_pretrained") else "plain torch"
     return Fitness(
         architecture=type(model).__name__,
-        library="transformers" if known is not None and hasattr(model, "save_pretrained") else "plain torch",
+        library=library if own_settings(model) is None else "timm",
         weights=total,
         experts=experts,
         findings=tuple(findings),

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from mixwright.composition.episodic import EpisodicModel
+from mixwright.composition.measured_domains import MeasuredDomain, measured_in
 from mixwright.evaluation.linkage import Merge, average_linkage, leaf_order
+from mixwright.experts.base import key_of
+from mixwright.experts.dense_deltas import DenseDeltas
 from mixwright.experts.overlap import overlap
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.routing import Routing
@@ -61,7 +64,9 @@ class Pool:
 
     `density`: the share of weights that each expert changes; `fractional`: of those, the share whose mask is not 1.
     `overlap`: of two experts, intersection over union of what they change; `chance`: what independent masks of the
-    same densities would have. `mixture`: of the `tensors`.
+    same densities would have. `mixture`: of the `tensors`. `masked`: all experts are masks over one change; else each
+    has its own (soft merging). `active`, `forbidden`, `frozen`: what a person decided, the experts that may be chosen,
+    parameters that nothing changes, and experts that do not learn. `measured`: on held-out domains, after its training.
     """
 
     experts: tuple[str, ...]
@@ -76,6 +81,11 @@ class Pool:
     mixture: str
     tasks: PoolTasks
     composition: Mapping[str, Any]
+    masked: bool = True
+    active: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    measured: tuple[MeasuredDomain, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -83,18 +93,20 @@ class Pool:
 
 
 def has_pool(model: Any) -> bool:
-    """Whether a model's weights are chosen among sparse experts, so that there is a pool to explain."""
-    return isinstance(model, EpisodicModel) and isinstance(model.mixture.experts, SparseDeltas)
+    """Whether a model's weights are chosen among experts that change them, so that there is a pool to explain."""
+    return isinstance(model, EpisodicModel) and isinstance(model.mixture.experts, SparseDeltas | DenseDeltas)
 
 
 @torch.no_grad()
 def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, shown: str | None = None) -> Pool:
     """Look at a pool. `tasks`: mixtures beside those it remembers; `shown`: the task whose change is listed by tensor.
 
-    Without `shown` that is the even mixture. Nothing is run but the masks.
+    Without `shown` that is the even mixture. Nothing is run but the masks. Raises TypeError for experts that are
+    neither masks over one change nor changes of their own.
     """
     deltas = model.mixture.experts
-    assert isinstance(deltas, SparseDeltas)
+    if not isinstance(deltas, SparseDeltas | DenseDeltas):
+        raise TypeError(f"pool_of: the experts are {type(deltas).__name__}; expected SparseDeltas or DenseDeltas.")
     known = {name: Routing(model.remembered(name).weights, len(model.experts)) for name in model.adaptations}
     mixtures = known | dict(tasks or {})
     even = Routing(torch.full((len(model.experts),), 1 / len(model.experts)), len(model.experts))
@@ -117,17 +129,41 @@ def pool_of(model: EpisodicModel, tasks: Mapping[str, Routing] | None = None, sh
             "backbone": {**model.composition.backbone, "fingerprint": model.fingerprint},
             "config": dict(model.composition.config),
         },
+        masked=isinstance(deltas, SparseDeltas),
+        active=model.active,
+        forbidden=model.forbidden,
+        frozen=model.frozen_experts,
+        measured=measured_in(model.whole),
     )
 
 
-def _units(deltas: SparseDeltas, name: str) -> tuple[Tensor, int]:
-    """Masks (experts, units), and how many weights a unit holds."""
+def decided_by_hand(
+    experts: Sequence[str], active: Sequence[str], forbidden: Sequence[str], frozen: Sequence[str]
+) -> list[str]:
+    """In sentences, what a person decided about a pool; nothing where nobody did."""
+    said: list[str] = []
+    left_out = [name for name in experts if active and name not in active]
+    if left_out:
+        said.append(f"By a person's word, never chosen: {', '.join(left_out)}.")
+    if forbidden:
+        shown = ", ".join(forbidden[:3]) + (", ..." if len(forbidden) > 3 else "")
+        stay = f"{len(forbidden)} parameter{'s stay' if len(forbidden) > 1 else ' stays'}"
+        said.append(f"By a person's word, {stay} as pretrained whatever an expert says: {shown}.")
+    if frozen:
+        said.append(f"By a person's word, further training leaves as they are: {', '.join(frozen)}.")
+    return said
+
+
+def _units(deltas: SparseDeltas | DenseDeltas, name: str) -> tuple[Tensor, int]:
+    """Masks (experts, units), and how many weights a unit holds; of dense changes, where they are not 0."""
+    if isinstance(deltas, DenseDeltas):
+        return (deltas.delta[key_of(name)].detach().cpu().flatten(1) != 0).float(), 1
     masks = deltas.masks(name).cpu()
     masks = masks.reshape(len(masks), -1)
     return masks, deltas.change_of(name).numel() // max(1, masks.shape[1])
 
 
-def _cells(deltas: SparseDeltas) -> tuple[PoolCell, ...]:
+def _cells(deltas: SparseDeltas | DenseDeltas) -> tuple[PoolCell, ...]:
     found: dict[tuple[str, str], tuple[int, Tensor]] = {}
     for name in deltas.names:
         masks, each = _units(deltas, name)
@@ -147,22 +183,26 @@ def place_of(name: str) -> tuple[str, str]:
     return ".".join(numbers), ".".join(parts[last + 1 :]) or parts[0]
 
 
-def _tensors(model: EpisodicModel, deltas: SparseDeltas, routing: Routing) -> tuple[PoolTensor, ...]:
+def _tensors(model: EpisodicModel, deltas: SparseDeltas | DenseDeltas, routing: Routing) -> tuple[PoolTensor, ...]:
     base, weights = dict(model.backbone.named_parameters()), routing.dense().cpu()
     found: list[PoolTensor] = []
     for name in deltas.names:
-        masks, each = _units(deltas, name)
-        delta = deltas.change_of(name).detach().cpu().float().reshape(-1, each)
-        moved = (deltas.weights_at(name, weights).to(masks.dtype) @ masks)[:, None] * delta
+        if isinstance(deltas, DenseDeltas):
+            rows = deltas.delta[key_of(name)].detach().cpu().float().flatten(1)
+            moved = weights.float() @ rows
+        else:
+            masks, each = _units(deltas, name)
+            delta = deltas.change_of(name).detach().cpu().float().reshape(-1, each)
+            moved = (deltas.weights_at(name, weights).to(masks.dtype) @ masks)[:, None] * delta
         size = float(base[name].detach().float().norm())
-        if size == 0:
+        if size == 0 or name in model.forbidden:
             continue
         share = float((moved != 0).double().mean()) if moved.numel() else 0.0
         found.append(PoolTensor(name, float(moved.norm()) / size, share))
     return tuple(sorted(found, key=lambda one: -one.change)[:TOP])
 
 
-def _tasks(deltas: SparseDeltas, mixtures: Mapping[str, Routing]) -> PoolTasks:
+def _tasks(deltas: SparseDeltas | DenseDeltas, mixtures: Mapping[str, Routing]) -> PoolTasks:
     names = tuple(mixtures)
     if not names:
         return PoolTasks((), (), (), (), ())

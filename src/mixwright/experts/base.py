@@ -44,10 +44,14 @@ class AbstractExperts(nn.Module, ABC):
 
 
 class AbstractDeltas(nn.Module, ABC):
-    """Experts that combine parameters: theta + sum_e w_e delta_e. `names`: of the parameters that may change."""
+    """Experts that combine parameters: theta + sum_e w_e delta_e. `names`: of the parameters that may change.
+
+    `frozen` (experts,): those that stay as they are through training.
+    """
 
     num_experts: int
     names: tuple[str, ...]
+    frozen: Tensor
     blocks: tuple[str, ...] = ()
     """Parts of the base that may each have a mixture of their own; none: one mixture holds for all of it."""
 
@@ -68,6 +72,14 @@ class AbstractDeltas(nn.Module, ABC):
     @abstractmethod
     def norms(self) -> Float[Tensor, " experts"]:
         """How far each expert alone, at weight 1, moves the parameters: |delta_e|."""
+
+    @abstractmethod
+    def sparsity(self) -> Float[Tensor, " experts"]:
+        """The share of all weights that each expert leaves as they are, counted."""
+
+    @abstractmethod
+    def freeze(self, expert: int, frozen: bool = True) -> None:
+        """Keep an expert through training as it is now, or let it learn again."""
 
     def by_block(self, weights: Float[Tensor, " *blocks experts"]) -> Float[Tensor, "rows experts"]:
         """A mixture for each block, one row where there are none; one mixture for all is repeated.

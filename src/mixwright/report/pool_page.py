@@ -7,7 +7,7 @@ from mixwright.evaluation.pool import OUTSIDE, Pool, PoolCell
 from mixwright.evaluation.pool_episode import PoolEpisode, best_strength
 from mixwright.report.heat import Panel, heat, rulers
 from mixwright.report.markup import document, escape, table, tag
-from mixwright.report.pool_words import GLOSSARY, episode_sentences, percent, pool_sentences, without_sentence
+from mixwright.report.pool_words import episode_sentences, glossary, percent, pool_sentences, without_sentence
 from mixwright.report.provenance import provenance
 from mixwright.report.tree import tree
 
@@ -26,7 +26,7 @@ def pool_page(pool: Pool, episodes: Sequence[PoolEpisode] = ()) -> str:
             _overlap_section(pool),
             _tasks_section(pool),
             _tensors_section(pool),
-            _glossary(),
+            _glossary(pool),
             provenance(pool.composition),
             class_="page",
         ),
@@ -47,7 +47,7 @@ def _headline(pool: Pool, episodes: Sequence[PoolEpisode]) -> list[str]:
         ("changed by an expert", percent(sum(pool.density) / len(pool.density))),
         ("touched by any", percent(pool.union)),
         ("of these masks, neither 0 nor 1", percent(sum(pool.fractional) / len(pool.fractional))),
-    ]
+    ][: None if pool.masked else 2]
     return [
         tag("p", "mixwright explain", class_="kicker"),
         tag("h1", _TITLE),
@@ -102,7 +102,7 @@ def _share(cell: PoolCell | None, expert: int) -> float:
 
 def _overlap_section(pool: Pool) -> str:
     count = len(pool.experts)
-    if count < 2:
+    if count < 2 or not pool.masked:
         return ""
     lines: list[str] = []
     for i, expert in enumerate(pool.experts):
@@ -225,6 +225,6 @@ def _episode_section(episode: PoolEpisode, folded: bool) -> str:
     return tag("section", title, *parts)
 
 
-def _glossary() -> str:
-    words = (tag("div", tag("dt", escape(word)), tag("dd", escape(meaning))) for word, meaning in GLOSSARY)
+def _glossary(pool: Pool) -> str:
+    words = (tag("div", tag("dt", escape(word)), tag("dd", escape(meaning))) for word, meaning in glossary(pool))
     return tag("section", tag("h2", "Words"), tag("dl", *words, class_="glossary"), id="words")

@@ -1,20 +1,29 @@
 """What is said of a pool of sparse experts, on the page and in the terminal alike."""
 
-from mixwright.evaluation.pool import Pool
+from mixwright.composition.measured_domains import lost_sentences
+from mixwright.evaluation.pool import Pool, decided_by_hand
 from mixwright.evaluation.pool_episode import Measured, PoolEpisode, best_strength
 
-GLOSSARY = (
+_MASKS = (
     ("Expert", "a mask over the backbone's weights: which of them it changes, and how fully. All share one change."),
     ("Sparsity", "the share of weights that an expert leaves exactly as they were pretrained."),
+    ("Overlap", "of the weights that either of two experts changes, the share that both do."),
+    ("Chance level", "the overlap of two masks of the same sizes that know nothing of each other: p / (2 - p)."),
+)
+_CHANGES = (("Expert", "a change of its own for every weight of the backbone."),)
+_BOTH = (
     ("Mixture", "how much each expert counts for one task; the shares add up to 100 %."),
     ("Strength", "a dial over the whole change: 0 is the pretrained model to the bit, 1 the mixture as it was chosen."),
     ("Support set", "the few labelled examples that say what the task is. No gradient is taken on them."),
-    ("Overlap", "of the weights that either of two experts changes, the share that both do."),
-    ("Chance level", "the overlap of two masks of the same sizes that know nothing of each other: p / (2 - p)."),
     ("Doubt", "how far the mixture moves when the examples are drawn again from themselves, 0 to 1."),
     ("Novelty", "how far the task lies from those of meta-tuning, against how far those lie from each other."),
     ("Calibration error", "the gap between how sure the classifier says it is and how often it is right."),
 )
+
+
+def glossary(pool: Pool) -> tuple[tuple[str, str], ...]:
+    """The words that are used of such a pool, each with its meaning."""
+    return (*(_MASKS if pool.masked else _CHANGES), *_BOTH)
 
 
 def percent(share: float) -> str:
@@ -24,6 +33,16 @@ def percent(share: float) -> str:
 
 def pool_sentences(pool: Pool) -> list[str]:
     """What the pool is, in one sentence, and how its experts stand to each other, in another."""
+    known = [
+        *decided_by_hand(pool.experts, pool.active, pool.forbidden, pool.frozen),
+        *lost_sentences(pool.measured),
+    ]
+    if not pool.masked:
+        return [
+            f"{len(pool.experts)} experts, each with a change of its own for all {pool.weights:,} weights (soft "
+            "merging): there are no masks, and no weight is left as pretrained but at strength 0.",
+            *known,
+        ]
     low, high = min(pool.density), max(pool.density)
     each = percent(low) if percent(low) == percent(high) else f"{percent(low)} to {percent(high)}"
     said = [
@@ -36,7 +55,7 @@ def pool_sentences(pool: Pool) -> list[str]:
         chance = sum(pool.chance[i][j] for i, j in pairs) / len(pairs)
         times = f", {mean / chance:.1f} times what chance gives ({chance:.2f})" if chance > 0 else ""
         said.append(f"Two experts overlap by {mean:.2f} on average{times}.")
-    return said
+    return [*said, *known]
 
 
 def episode_sentences(episode: PoolEpisode) -> list[str]:

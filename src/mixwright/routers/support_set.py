@@ -56,7 +56,7 @@ class SupportSetRouter(AbstractRouter):
 
     `progress` is the share of training that is done, from which T falls: max(0.5, 5 - 12.5 progress). `allowed` are
     the experts that may act. Everything is float32 whatever the features are. `num_blocks`: with more than none, a
-    mixture for each block of the backbone, by keys of its own (experts, blocks, width) that begin alike.
+    mixture for each block of the backbone, by keys of its own (experts, blocks, width).
     """
 
     NUM_TOKENS = 4
@@ -67,8 +67,8 @@ class SupportSetRouter(AbstractRouter):
         self.num_experts = num_experts
         self.heads = math.gcd(4, width)
         self._progress = 1.0
-        keys = torch.randn(num_experts, width, generator=draw) * math.sqrt(2 / width)
-        self.keys = nn.Parameter(keys[:, None].repeat(1, num_blocks, 1) if num_blocks else keys)
+        shape = (num_experts, num_blocks, width) if num_blocks else (num_experts, width)
+        self.keys = nn.Parameter(torch.randn(shape, generator=draw) * math.sqrt(2 / width))
         self.tokens = nn.Parameter(torch.randn(self.NUM_TOKENS, width, generator=draw) * 1e-3)
         self.norm_attention = nn.LayerNorm(width)
         self.norm_mlp = nn.LayerNorm(width)

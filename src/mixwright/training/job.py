@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,10 @@ def open_episode_job(
 def _folder(recipe: Recipe) -> Path:
     if recipe.output_dir is None:
         raise ValueError("recipe.output_dir: missing; training needs a folder for its checkpoints.")
+    folder = Path(recipe.output_dir).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"recipe.output_dir: {folder}: {there} is no folder that can be written to; give another.")
     return Path(recipe.output_dir)
 
 

@@ -108,6 +108,20 @@ def test_the_loss_of_an_episode_has_it_at_its_weight_and_not_at_zero() -> None:
     assert float(diversity_term(model.deltas).detach()) > 0.1
 
 
+def test_each_episode_of_an_update_counts_it_once() -> None:
+    config = SmatConfig(experts=3)
+    model = _model(config)
+    with torch.no_grad():
+        for logits in model.deltas.logits.values():
+            logits.copy_(3 * torch.randn_like(logits[:1]).expand_as(logits))
+
+    def loss(diversity: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        return EpisodeLoss(replace(config, diversity=diversity)).together(model, [_episode()] * 3)
+
+    torch.testing.assert_close(loss(0.5) - loss(0.0), 3 * 0.5 * diversity_term(model.deltas), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("settings", [{"masks": "random"}, {"changes": "own"}, {"experts": 1}])
 def test_masks_that_do_not_learn_are_not_pushed(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="diversity"):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,66 @@ def test_a_letter_is_drawn_by_fonts_that_have_it_and_its_class_is_on_one_side() 
     assert train.num_classes == 14 and test.num_classes == 6
     sides = [{image.numpy().tobytes() for image in part.images} for part in (train, test)]
     assert not sides[0] & sides[1] and len(train.images) + len(test.images) == len(drawn.images)
+
+
+def test_scripts_that_somebody_names_are_domains_and_what_is_wrong_with_one_is_one_error(tmp_path: Path) -> None:
+    glyphs = module("_glyphs")
+    inside, outside = glyphs.Drawing(("Armn  Geor, striped",)).domains()
+    assert inside == {"trained: Armn Geor, striped": ["Armn", "Geor"]}
+    assert not {"Armn", "Geor"} & {code for codes in outside.values() for code in codes} and len(outside) == 3
+    inside, outside = glyphs.Drawing(held_out=("Latn", "Thai")).domains()
+    assert list(outside) == ["held out: Latn", "held out: Thai"] and "Grek" in inside["latin"]
+    assert not {"Latn", "Thai"} & {code for codes in inside.values() for code in codes}
+    for given, said in (
+        ({"trained": ("Tang",)}, "script Tang is in the pretraining corpus too"),
+        ({"trained": ("Latn",), "held_out": ("Latn",)}, "script Latn is in trained: Latn too"),
+        ({"trained": ("Latn, sparkling",)}, "'Latn, sparkling': expected script codes"),
+        ({"held_out": (" ",)}, "expected script codes"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            glyphs.Drawing(**given).domains()
+    for code, said in (("Xyzw", "there is no such ISO 15924 code"), ("Ahom", "no font has a letter of it")):
+        with pytest.raises(SystemExit, match=f"script '{code}': {said}"):
+            glyphs.render(tmp_path, glyphs.Drawing(held_out=(code,), fonts=tmp_path))
+
+
+def test_other_seeds_and_scripts_lie_apart_and_count_on_their_side(tmp_path: Path) -> None:
+    few, glyphs, tables = module(""), module("_glyphs"), module("_tables")
+    usual, other = glyphs.Drawing(), glyphs.Drawing(held_out=("Thai",))
+    assert few.home_of(tmp_path, usual, 0) == tmp_path
+    homes = {few.home_of(tmp_path, drawing, seed) for drawing in (usual, other) for seed in (0, 7)}
+    assert len(homes) == 4 and all(home == tmp_path or home.parent == tmp_path for home in homes)
+    scores = [
+        {name: {"accuracy": [value], "ece": 0.0} for name, value in (("trained: Latn", 0.5), ("held out: Thai", 0.25))}
+    ]
+    assert tables.mean(scores, tables.IN_DOMAINS).value == 50 and tables.mean(scores, tables.OUT_DOMAINS).value == 25
+    assert tables.seed_of({"curve|SMAT|2|7": {}, "tuned|SMAT|0": {}}, "curve") == "7"
+
+
+def test_the_first_seed_is_that_of_every_cell(bench: Any) -> None:
+    few, cells = module(""), importlib.import_module("benchmarks.cells")
+    bench.sizes = replace(bench.sizes, first_seed=3)
+    asked: list[tuple[str, int]] = []
+    for name in ("direct", "dials", "alike", "ablations", "curve", "tuned"):
+        setattr(bench, name, lambda _, row, seed, *rest, name=name: asked.append((name, seed)))
+    few.run(bench, cells.Cells(None))
+    assert {seed for _, seed in asked} == {3} and {name for name, _ in asked} == {
+        "direct", "dials", "alike", "ablations", "curve", "tuned"
+    }  # fmt: skip
+
+
+def test_the_file_of_a_trained_pool_is_measured_with_its_router_and_without(bench: Any, tmp_path: Path) -> None:
+    sizes, rows = importlib.import_module("benchmarks.pool_size"), module("_rows")
+    with pytest.raises(SystemExit, match="holds no trained pool"):
+        sizes.measure_trained(tmp_path / "rows")
+    trained = bench.trainer.trained(rows.row_named("random masks"), 0)
+    bench.trainer.trained(rows.row_named(rows.PMF), 0)  # no pool of masks: left out
+    (case,) = sizes.measure_trained(tmp_path / "rows")
+    assert case["row"] == "random-masks-0" and case["experts"] == 2
+    assert 1 - case["density"] == pytest.approx(float(trained.model.sparsity().mean()), abs=1e-6)
+    trained.model.save_pretrained(tmp_path / "pool")
+    saved = (tmp_path / "pool" / "added.safetensors").stat().st_size
+    assert 0 < saved - case["bytes"]["exact"] < 9000  # digests of the backbone, multipliers, longer names
+    router = sum(tensor.numel() * tensor.element_size() for tensor in trained.model.router.state_dict().values())
+    assert case["bytes"]["exact"] - case["bytes_of_experts"]["exact"] == pytest.approx(router, abs=3000)
+    assert case["share"]["compact"] < case["share"]["exact"] and "random-masks-0" in sizes.trained_report([case])

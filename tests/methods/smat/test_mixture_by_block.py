@@ -29,6 +29,7 @@ from mixwright.routing import Condition, Routing, SupportSet
 from .pools import fresh_pool, moved
 
 SUPPORT = SupportSet(torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(3).repeat(2))
+LABELS = SUPPORT.labels
 BLOCKS = ("outside", "layers.0", "layers.1")
 
 
@@ -99,14 +100,41 @@ def test_gradients_are_those_of_autograd_in_float64() -> None:
     assert bool((found[0][0] != 0).all())
 
 
-def test_a_fresh_router_says_the_same_of_every_block_and_of_a_whole_backbone() -> None:
+def test_episodes_of_an_update_taken_together_are_as_one_by_one() -> None:
+    model = pool().double().train()
+    for parameter in model.deltas.parameters():
+        parameter.requires_grad_()
+    draw = torch.Generator().manual_seed(4)
+    found: list[tuple[Tensor, ...]] = []
+    for together in (True, False):
+        weights = [mixtures(seed).requires_grad_() for seed in (1, 2)]
+        routings = [Routing(each, 3) for each in weights]
+        thetas = model.weights_for_each(routings) if together else [model.weights_for(each) for each in routings]
+        draw.manual_seed(4)
+        parts = [
+            (theta[name] * torch.randn(theta[name].shape, generator=draw, dtype=torch.float64)).sum()
+            for theta in thetas
+            for name in theta
+        ]
+        leaves = [*weights, *model.deltas.delta.values(), *model.deltas.logits.values()]
+        found.append(torch.autograd.grad(torch.stack(parts).sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_router_chooses_for_each_block_by_its_keys() -> None:
     whole, by_block = fresh_pool().eval(), fresh_pool(mixture="block").eval()
-    found = by_block.routing(SUPPORT).weights
-    assert found.shape == (3, 3) and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[0], whole.routing(SUPPORT).weights)
-    apart = pool().routing(SUPPORT).weights
-    assert not torch.equal(apart[0], apart[1])
+    apart = by_block.routing(SUPPORT).weights
+    assert apart.shape == (3, 3) and not torch.allclose(apart[0], apart[1]) and not torch.allclose(apart[1], apart[2])
     torch.testing.assert_close(apart.sum(-1), torch.ones(3))
+    with torch.no_grad():
+        by_block.load_state_dict(whole.state_dict() | {
+            "mixture.router.keys": whole.router.keys[:, None] * torch.tensor([1.0, 2.0, 0.0])[:, None]
+        })  # fmt: skip
+    found, gates = by_block.routing(SUPPORT).weights, whole.router.logits(whole.frozen_features(SUPPORT.inputs), LABELS)
+    for row, factor in enumerate((1.0, 2.0, 0.0)):
+        expected = torch.sigmoid(factor * gates / whole.router.temperature)
+        torch.testing.assert_close(found[row], expected / expected.sum())
 
 
 def test_blocks_learn_mixtures_of_their_own() -> None:
@@ -274,6 +302,8 @@ def test_an_export_is_the_adapted_backbone_and_says_each_blocks_mixture(tmp_path
     assert set(said["weights_by_block"]) == set(BLOCKS)
     assert said["weights_by_block"]["layers.1"]["expert-0"] == pytest.approx(float(routing.weights[2, 0]))
     assert sum(said["weights_of_experts"].values()) == pytest.approx(1)
+    assert "the mean over blocks" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert any("each block: `outside`, `layers.0`, `layers.1`" in line for line in model.card_lines())
 
 
 def test_it_is_explained() -> None:

@@ -1,12 +1,18 @@
 """What meta-tuning leaves beside the pool, the tasks that it saw, and stage *adapt*: new tasks, by name."""
 
 import time
+from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import device, nn
 
+from mixwright.composition.measured_domains import MeasuredDomain, measured_tensors
 from mixwright.composition.model import ComposedModel
 from mixwright.composition.routes import remember_tasks
+from mixwright.data.batches import Batches
 from mixwright.data.episode_batches import support_episode
+from mixwright.data.episodes import Episode
+from mixwright.evaluation.episodes import direct, pretrained, score
 from mixwright.methods.smat.classifier import FewShotClassifier
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.training.fitted import Fitted
@@ -16,12 +22,43 @@ MOST_TASKS = 256
 
 
 def remember_training(model: FewShotModel, job: Job) -> None:
-    """Keep where the first tasks of the training lie, by which a new one is told to be novel; fewer than two: none."""
+    """Keep where the first tasks of the training lie, by which a new one is told to be novel; fewer than two: none.
+
+    And what the pool is worth on held-out domains, beside the pretrained model, on the episodes that were looked at in
+    training.
+    """
+    if job.validation is not None:
+        model.whole.update(measured_tensors(measure(model, job.validation)))
     if job.data is None:
         return
     drawn = min(MOST_TASKS, model.composition.config["steps"] * job.recipe.train.accumulate)
     if drawn >= 2:
         remember_tasks(model, (job.data.batch(index) for index in range(drawn)))  # type: ignore[arg-type]
+
+
+def measure(model: FewShotModel, held_out: Batches) -> list[MeasuredDomain]:
+    """Each domain of `held_out`: the pretrained model and the pool, directly, on the same episodes."""
+    found: list[MeasuredDomain] = []
+    source = _There(held_out, next(model.backbone.parameters()).device)
+    first = 0
+    for name, count in held_out.tasks.items():
+        numbers = range(first, first + count)
+        before, after = score(pretrained(model), source, numbers), score(direct(model), source, numbers)
+        _, half = after.minus(before)
+        found.append(MeasuredDomain(name, before.mean, after.mean, half if count > 1 else 0.0, count))
+        first += count
+    return found
+
+
+@dataclass(frozen=True)
+class _There:
+    """Batches that are episodes, by their number, on a device."""
+
+    batches: Batches
+    device: device
+
+    def episode(self, index: int) -> Episode:
+        return cast(Episode, self.batches.batch(index)).to(self.device)
 
 
 def adapt(model: FewShotModel, job: Job, quiet: bool) -> Fitted:

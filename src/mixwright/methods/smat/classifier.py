@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -112,8 +113,8 @@ class FewShotClassifier:
         support's own items are from theirs, each seen from the others.
         """
         for name, value in (("abstain", abstain), ("max_error", max_error), ("none_of_these", none_of_these)):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: expected a share, 0 to 1.")
+            if value is not None and (not isinstance(value, Real) or not 0 <= value <= 1):  # pyright: ignore[reportUnnecessaryIsInstance]  a border
+                raise ValueError(f"{name}={value!r}: expected a share, 0 to 1.")
         cosines = self._cosines(inputs)
         sure, chosen = (cosines / self.temperature_).softmax(-1).max(-1)
         found = self.classes_[chosen.numpy()]
@@ -205,7 +206,7 @@ class FewShotClassifier:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items() if name != "model")
-        return f"{type(self).__name__}({type(self.model.backbone).__name__}, {shown})"
+        return f"{type(self).__name__}({type(getattr(self.model, 'backbone', self.model)).__name__}, {shown})"
 
     def __sklearn_clone__(self) -> Self:
         """A copy that is not fitted, on the same model."""
@@ -228,6 +229,17 @@ class FewShotClassifier:
         return next(self.model.backbone.parameters())
 
     def _check(self) -> None:
+        if not isinstance(self.model, EpisodicModel):  # pyright: ignore[reportUnnecessaryIsInstance]  a border
+            raise TypeError(
+                f"model: a {type(self.model).__name__}; expected what mw.compose('smat', ...) or mw.load gives."
+            )
+        for name, least in (("steps", 0), ("batch_size", 1), ("folds", 2)):
+            value: object = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}={value!r}: expected a whole number, {least} or more.")
+        for rate in (*self.rates, *(() if self.rate is None else (self.rate,))):
+            if not 0 <= rate < float("inf"):
+                raise ValueError(f"rate {rate}: expected a finite number, 0 or more.")
         if self.adaptation not in ("direct", "full", "lora", "layernorm"):
             raise ValueError(f"adaptation={self.adaptation!r}: expected direct, full, lora or layernorm.")
         if self.prototypes not in ("mean", "median"):
@@ -238,8 +250,6 @@ class FewShotClassifier:
             raise ValueError(f"temperature={self.temperature}: expected a number over 0.")
         if self.rate is None and not self.rates:
             raise ValueError("rates: none to choose from; give one or more, or a rate.")
-        if self.folds < 2:
-            raise ValueError(f"folds={self.folds}: expected 2 or more.")
 
     def _fitted(self) -> None:
         if not hasattr(self, "classes_"):
@@ -364,4 +374,7 @@ def _support(inputs: Any, labels: Any) -> tuple[Given, np.ndarray]:
 
 def _array(labels: Any) -> np.ndarray:
     found = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    missing = [place for place, label in enumerate(found) if label is None] if found.ndim == 1 else []
+    if missing:
+        raise ValueError(f"labels: none for item {missing[0]}; label it, or leave it out.")
     return found.astype(str) if found.dtype == object else found

@@ -83,6 +83,9 @@ class SmatConfig:
     """Weight of the term that pushes experts' masks apart (`diversity_term`); the paper has none."""
     annealed: Share = 0.0
     """Share of the steps over which the sparsity that is asked for rises from 0 to `sparsity`; the paper has 0."""
+    at_once: Count = 4
+    """Episodes of an update whose weights are merged in one pass over the masks, and learned from in one: quicker, and
+    each holds a copy of the weights that may change. 1 takes the least memory."""
     frozen_cache: Annotated[int, Ge(0)] = 0
     """How many items' frozen features are kept, by the items' content: worth it where episodes are not augmented."""
 

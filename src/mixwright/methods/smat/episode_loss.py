@@ -26,12 +26,9 @@ class EpisodeLoss:
     but for the loss itself.
     """
 
-    at_once = 4
-    """Episodes whose adapted weights are held at once."""
-
     def __init__(self, config: SmatConfig, note: Callable[[Tensor], None] | None = None) -> None:
         """`note` is told each episode's mixture in training."""
-        self.config, self.note = config, note
+        self.config, self.note, self.at_once = config, note, config.at_once
         self.frozen = FrozenFeatures(config.frozen_cache)
 
     def __call__(self, model: FewShotModel, episode: Episode) -> Float[Tensor, ""]:
@@ -48,7 +45,7 @@ class EpisodeLoss:
         looked = [self._looked_at(model, episode, rows[0]) for episode, rows in zip(episodes, parts, strict=True)]
         routings = [routing for routing, _, _ in looked]
         for routing in routings if self.note is not None else ():
-            self.note(model.mixture.experts.by_block(routing.dense()))  # type: ignore[misc]
+            self.note(routing.dense())  # type: ignore[misc]
         thetas = model.weights_for_each(routings)
         loss, gradients = promise([tensor for theta in thetas for tensor in theta.values()])
         leaves = [{name: tensor.detach().requires_grad_() for name, tensor in theta.items()} for theta in thetas]

@@ -46,6 +46,16 @@ class _Wish(NamedTuple):
     prototypes: Tensor
 
 
+class _Asked(NamedTuple):
+    """The value of an episode, gradients that were taken, and what is still to be gone back through."""
+
+    value: Tensor
+    gradients: Gradients | None
+    queries: Sequence[Tensor]
+    cotangents: Sequence[Tensor]
+    on_head: Tensor
+
+
 class EpisodePasses:
     """(1 - w) CE + w KD of one episode.
 
@@ -73,9 +83,13 @@ class EpisodePasses:
         support = self.model.features(self.episode.support, theta)
         prototypes = prototypes_of(support, self.episode)
         inner, head = self._inner(theta, support, prototypes)
-        value, gradients, on_head = self._asked(inner, head)
-        through_support = self._back([prototypes], theta, [on_head])
-        return value, [_sum(a, b) for a, b in zip(gradients, through_support, strict=True)]
+        found = self._asked(inner, head)
+        if inner is theta:  # one pass back for queries and support
+            last = self._back([*found.queries, prototypes], theta, [*found.cotangents, found.on_head])
+            return found.value, _sums(found.gradients, last)
+        last = self._back(found.queries, inner, found.cotangents)
+        through_support = self._back([prototypes], theta, [found.on_head])
+        return found.value, _sums(_sums(found.gradients, last), through_support)
 
     def _inner(self, theta: Weights, support: Tensor, prototypes: Tensor) -> tuple[Weights, Tensor]:
         """One step of all weights, the prototypes as the head's among them, on the support.
@@ -90,27 +104,26 @@ class EpisodePasses:
         gradients = self._back([support], theta, wish.features, keep=True)
         return _stepped(theta, gradients, rate), (head - rate * wish.prototypes).detach().requires_grad_()
 
-    def _asked(self, inner: Weights, head: Tensor) -> tuple[Tensor, Gradients, Tensor]:
-        """Value and gradients of all queries, with respect to the weights of their pass and to the prototypes."""
+    def _asked(self, inner: Weights, head: Tensor) -> "_Asked":
+        """What all queries ask of the weights of their pass and of the prototypes."""
         queries = [self.model.features(inputs, inner) for inputs in self.queries]
         ce, share = self._cross_entropy(queries, head, self.labels), self.config.distillation
         if not self.config.distils:
-            return ce.value, self._back(queries, inner, ce.features), ce.prototypes
+            return _Asked(ce.value, None, queries, ce.features, ce.prototypes)
         if not self.config.from_teacher:
             kd = self._distillation(queries[0], head, [self.pretrained])
-            both = [(1 - share) * wish for wish in ce.features]
-            both[0] = both[0] + share * kd.features[0]
-            gradients = self._back(queries, inner, both)
+            gradients, asking, wanted = None, queries, [(1 - share) * wish for wish in ce.features]
+            wanted[0] = wanted[0] + share * kd.features[0]
         else:
             gradients = self._back(queries[:1], inner, ce.features[:1], keep=True)
             if len(queries) > 1:
-                rest = self._back(queries[1:], inner, ce.features[1:])
-                gradients = [_sum(a, b) for a, b in zip(gradients, rest, strict=True)]
+                gradients = _sums(gradients, self._back(queries[1:], inner, ce.features[1:]))
             teacher = self._teacher(inner, gradients, head - self.config.teacher_rate * ce.prototypes)
             kd = self._distillation(queries[0], head, [teacher, self.pretrained])
-            distilled = self._back(queries[:1], inner, [share * kd.features[0]])
-            gradients = [_sum(a, b, 1 - share) for a, b in zip(gradients, distilled, strict=True)]
-        return (1 - share) * ce.value + share * kd.value, gradients, (1 - share) * ce.prototypes + share * kd.prototypes
+            gradients = [None if each is None else (1 - share) * each for each in gradients]
+            asking, wanted = queries[:1], [share * kd.features[0]]
+        value = (1 - share) * ce.value + share * kd.value
+        return _Asked(value, gradients, asking, wanted, (1 - share) * ce.prototypes + share * kd.prototypes)
 
     def _teacher(self, inner: Weights, gradients: Gradients, prototypes: Tensor) -> Tensor:
         """Logits of the dense teacher: the student after one step on the queries' cross-entropy."""
@@ -165,10 +178,8 @@ def _stepped(weights: Mapping[str, Tensor], gradients: Gradients, rate: float) -
     }
 
 
-def _sum(a: Tensor | None, b: Tensor | None, share: float = 1.0) -> Tensor | None:
-    """share * a + b, None being zero."""
-    if a is None:
-        return b
-    if b is None:
-        return a if share == 1.0 else share * a
-    return torch.add(b, a, alpha=share)
+def _sums(first: Gradients | None, second: Gradients) -> Gradients:
+    """Their sums, None being zero."""
+    if first is None:
+        return second
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]

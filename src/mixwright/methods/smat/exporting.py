@@ -149,6 +149,7 @@ def adaptation_card(model: "FewShotModel", record: Mapping[str, Any], library: s
     """README.md of an export: what it is, how `library` loads it, and the mixture."""
     base = plain(model.composition.backbone.get("path") or type(model.backbone).__name__)
     numbers = sum(record["changed"].values())
+    mixture = "Mixture, the mean over blocks" if "weights_by_block" in record else "Mixture"
     mixed = ", ".join(f"{plain(name)} {weight:.3f}" for name, weight in record["weights_of_experts"].items())
     return "\n".join(
         [
@@ -162,8 +163,8 @@ def adaptation_card(model: "FewShotModel", record: Mapping[str, Any], library: s
             "",
             f"```python\n{load}\n```",
             "",
-            f"Mixture: {mixed}; strength {record['strength']:g}. `{PROTOTYPES}` has the mean feature of each class of "
-            f"the examples under these weights: a query belongs to the class with the largest cosine "
+            f"{mixture}: {mixed}; strength {record['strength']:g}. `{PROTOTYPES}` has the mean feature of each class "
+            f"of the examples under these weights: a query belongs to the class with the largest cosine "
             f"(features: `{plain(model.composition.config.get('features'))}`).",
             "",
         ]

@@ -1,5 +1,6 @@
 """The experts that a pool begins with, learned ones and those of the baselines; masks that somebody gives."""
 
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,19 @@ from mixwright.methods.smat.config import SmatConfig
 from mixwright.ops.hard_concrete import LIMIT
 
 Experts = SparseDeltas | DenseDeltas
+
+
+def refuse_huge(shapes: Mapping[str, torch.Size], config: SmatConfig) -> None:
+    """Raises ValueError for more experts than the machine has memory for; a small file can claim any number."""
+    weights = sum(shape.numel() for shape in shapes.values())
+    each = config.experts if config.mask_unit == "weight" or config.changes == "own" else 0
+    needed = 4 * weights * (each + 1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"{config.experts} experts over {weights} weights take {needed / 2**30:.0f} GiB, and this machine has "
+            f"{memory / 2**30:.0f}."
+        )
 
 
 @torch.no_grad()

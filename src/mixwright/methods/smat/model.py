@@ -26,7 +26,7 @@ from mixwright.config import encode
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import METHOD, SmatConfig
-from mixwright.methods.smat.fresh import Experts, fresh_experts
+from mixwright.methods.smat.fresh import Experts, fresh_experts, refuse_huge
 from mixwright.routers.support_set import SupportSetRouter
 from mixwright.routing import Routing
 
@@ -47,6 +47,7 @@ def compose(config: SmatConfig, backbones: Sequence[nn.Module], catalog: "Catalo
     shapes = maskable(backbone, config.include, config.exclude)
     device = next(backbone.parameters()).device
     width = config.feature_width or width_of(backbone, config.features)
+    refuse_huge(shapes, config)
     deltas = fresh_experts(config, shapes).to(device)
     router = SupportSetRouter(width, config.experts, config.seed, len(deltas.blocks)).to(device)
     if config.router == "uniform":
@@ -81,9 +82,13 @@ class FewShotModel(EpisodicModel):
 
     @property
     def deltas(self) -> SparseDeltas:
-        """The experts."""
+        """The experts: masks over one change. Raises ValueError where each has a change of its own."""
         found = self.mixture.experts
-        assert isinstance(found, SparseDeltas)
+        if not isinstance(found, SparseDeltas):
+            raise ValueError(
+                "deltas: with changes='own' the experts are no masks over one change; model.mixture.experts are what "
+                "they are."
+            )
         return found
 
     def added_state(self) -> dict[str, Tensor]:
@@ -129,12 +134,8 @@ class FewShotModel(EpisodicModel):
 
     def sparsity(self) -> Float[Tensor, " experts"]:
         """The share of weights that each expert leaves as pretrained, counted."""
-        return self.deltas.sparsity()
+        return self.mixture.experts.sparsity()
 
     def route(self, support: Given, *, resamples: int = 32, seed: int = 0) -> Route:
         """Which experts a support set chooses, how sure and how new it is; see `composition.routes.find_route`."""
         return find_route(self, support, resamples=resamples, seed=seed)
-
-    def freeze_expert(self, expert: str, frozen: bool = True) -> None:
-        """Keep an expert through further training as it is: its mask, and the change wherever it acts."""
-        self.deltas.freeze(self.index(expert), frozen)

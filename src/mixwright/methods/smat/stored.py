@@ -1,6 +1,5 @@
 """A pool of sparse interpolated experts as tensors of a file, and back from them."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from mixwright.errors import CatalogError
 from mixwright.experts.maskable import maskable
 from mixwright.experts.sparse_deltas import SparseDeltas
 from mixwright.methods.smat.config import SmatConfig
-from mixwright.methods.smat.fresh import fresh_experts
+from mixwright.methods.smat.fresh import fresh_experts, refuse_huge
 from mixwright.methods.smat.model import FewShotModel, assemble
 from mixwright.methods.smat.packing import Storage, pack, unpack
 from mixwright.routers.support_set import SupportSetRouter
@@ -46,7 +45,10 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
         shapes = maskable(backbone, config.include, config.exclude)
     except ValueError as error:
         raise CatalogError("CONFIG", "composition.yaml", str(error)[:300]) from error
-    _refuse_huge(sum(shape.numel() for shape in shapes.values()), config)
+    try:
+        refuse_huge(shapes, config)
+    except ValueError as error:
+        raise CatalogError("SIZE", "composition.yaml", str(error)) from error
     try:
         experts = fresh_experts(config, shapes)
     except ValueError as error:
@@ -66,16 +68,3 @@ def restore(config: SmatConfig, backbone: nn.Module, state: Mapping[str, Tensor]
     model = assemble(config, backbone, router.to(device), experts.to(device))
     model.whole.update({name: tensor for name, tensor in whole.items() if not name.startswith(_PACKED)})
     return model
-
-
-def _refuse_huge(weights: int, config: SmatConfig) -> None:
-    """A small file can claim any number of experts, each of which takes a backbone's room once it is opened."""
-    needed = 4 * weights * ((config.experts if config.mask_unit == "weight" else 0) + 1)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise CatalogError(
-            "SIZE",
-            "composition.yaml",
-            f"{config.experts} experts over {weights} weights take {needed / 2**30:.0f} GiB, and this machine has "
-            f"{memory / 2**30:.0f}.",
-        )

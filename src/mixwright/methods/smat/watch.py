@@ -39,7 +39,7 @@ class Watch:
         self.seen: list[Tensor] = []
         self._progress = 0.0
 
-    def note(self, weights: Float[Tensor, "rows experts"]) -> None:
+    def note(self, weights: Float[Tensor, " *blocks experts"]) -> None:
         """The mixture of an episode, or those of the backbone's blocks, a row each."""
         self.seen.append(weights.detach())
 
@@ -58,9 +58,9 @@ class Watch:
             if len(sparsity) > 1:
                 numbers["experts.overlap"] = _excess(found)
         if self.config.routes and self.seen:
-            mixtures = torch.stack(self.seen).float()
-            self.seen = []
             experts = model.mixture.experts
+            mixtures = torch.stack([experts.by_block(weights) for weights in self.seen]).float()
+            self.seen = []
             most, mean = math.log(experts.num_experts), experts.mean_over_blocks(mixtures).mean(0)
             each = experts.mean_over_blocks(entropy(mixtures)[..., None])
             numbers["routing.usage"] = float(entropy(mean)) / most
