@@ -58,7 +58,7 @@ class Sizes:
     """How much is measured."""
 
     episodes: int = 600
-    routed_episodes: int = 20
+    routed_episodes: int = 80
     budget: Budget = Budget(tasks=120, accumulate=2, rate=5e-5, experts=4, snapshots=())
 
 
