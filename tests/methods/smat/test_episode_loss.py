@@ -18,6 +18,7 @@ from mixwright.methods.smat.known_gradient import promise
 from mixwright.methods.smat.model import FewShotModel
 from mixwright.methods.smat.sparsity_term import sparsity_term
 from mixwright.ops.digest import tensor_digest
+from mixwright.training.stage import JointObjective
 
 RATES = {"inner_rate": 0.3, "teacher_rate": 0.5}  # large, so that what they do is seen
 
@@ -302,3 +303,9 @@ def test_what_was_promised_serves_one_pass() -> None:
     gradients.append(torch.arange(3.0))
     (2 * zero).backward()
     assert zero == 0 and torch.equal(x.grad, 2 * torch.arange(3.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_the_training_loop_hands_it_the_episodes_of_an_update(at_once: int) -> None:
+    loss = EpisodeLoss(SmatConfig(at_once=at_once))
+    assert isinstance(loss, JointObjective) and loss.at_once == at_once
