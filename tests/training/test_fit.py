@@ -111,6 +111,20 @@ def test_an_objective_that_takes_several_batches_is_given_them_and_learns_the_sa
     assert model.a.item() != 0.0
 
 
+def test_the_memory_of_a_gradient_serves_every_step() -> None:
+    places: list[int] = []
+
+    def looked_at(model: Plane, batch: Batch) -> Tensor:
+        assert model.a.grad is not None and model.a.grad.item() == 0.0
+        places.append(model.a.grad.data_ptr())
+        kept.append(torch.empty_like(model.a))  # who asked for new memory would get another place
+        return plane_loss(model, batch)
+
+    kept: list[Tensor] = []
+    fit(Plane(), stage(objective=looked_at, steps=4), numbers([2.0]))
+    assert len(places) == 4 and len(set(places)) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_with_weights_and_checkpoint_intact(tmp_path: Path) -> None:
     seen: list[int] = []
 

@@ -124,7 +124,7 @@ def write_files(model: "ComposedModel", folder: Path) -> None:
     stored = stored_composition(model)
     if stored.components:
         _write_components(model, stored, ledger, folder)
-    write_new(folder / COMPOSITION, write_yaml(_encoded(stored)).encode())
+    write_new(folder / COMPOSITION, write_yaml(encoded(stored)).encode())
     write_new(folder / LOCK, render(_lock(model, folder)))
     card = components_card(stored, model.composition, ledger) if stored.components else None
     write_new(folder / CARD, (card or card_text(stored, model.composition, model.card_lines())).encode())
@@ -140,7 +140,8 @@ def _write_components(model: "ComposedModel", stored: StoredComposition, ledger:
     write_tokenizer(model, folder)
 
 
-def _encoded(stored: StoredComposition) -> dict[str, Any]:
+def encoded(stored: StoredComposition) -> dict[str, Any]:
+    """As plain data, without the parts that most compositions have none of."""
     plain = encode(stored)
     return {key: value for key, value in plain.items() if value or key not in _IF_ANY}
 

@@ -85,8 +85,8 @@ class SparseDeltas(AbstractDeltas):
         self, base: Mapping[str, Tensor], routings: Sequence[Routing], strength: float = 1.0
     ) -> list[dict[str, Tensor]]:
         """`onto` under each routing: masks are made once for all of them, but where noise is drawn, for each anew."""
-        noisy = self.noise and self.training
-        if len(routings) > 1 and (noisy or not (self.training or torch.is_grad_enabled())):
+        noisy, served = self.noise and self.training, not self.training and not torch.is_grad_enabled()
+        if served or (noisy and len(routings) > 1):
             return super().onto_each(base, routings, strength)
         seed = int(torch.randint(1 << 31, ())) if noisy else None
         if self.training and not self._kept:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize
 import mixwright as mw
 from mixwright.backbones.tiny import tiny_backbone
 from mixwright.data.episodes import Episode
+from mixwright.experts import sparse_deltas
 from mixwright.methods.smat.config import SmatConfig
 from mixwright.methods.smat.episode_loss import EpisodeLoss
 from mixwright.methods.smat.known_gradient import promise
@@ -309,3 +310,28 @@ def test_what_was_promised_serves_one_pass() -> None:
 def test_the_training_loop_hands_it_the_episodes_of_an_update(at_once: int) -> None:
     loss = EpisodeLoss(SmatConfig(at_once=at_once))
     assert isinstance(loss, JointObjective) and loss.at_once == at_once
+
+
+def test_episodes_together_pass_over_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    each = sparse_deltas.interpolate_each
+
+    def counted(base: Tensor, delta: Tensor, logits: Tensor, weights: Tensor, *rest: Any, **more: Any) -> Any:
+        asked.append(len(weights))
+        return each(base, delta, logits, weights, *rest, **more)
+
+    monkeypatch.setattr(sparse_deltas, "interpolate_each", counted)
+    config = SmatConfig(experts=3)
+    model = _model(config)
+    EpisodeLoss(config).together(model, [_episode()] * 3)
+    assert asked == [3] * len(model.deltas.names)
+
+
+def test_without_gradients_several_routings_are_served_as_one_is() -> None:
+    model = _model(SmatConfig(experts=2), dtype=torch.float32).eval()
+    model.deltas.binarise()
+    with torch.no_grad():
+        routing = model.routing(_episode(torch.float32).support_set)
+        alone = model.weights_for(routing)
+        for found in (*model.weights_for_each([routing]), *model.weights_for_each([routing] * 2)):
+            assert all(torch.equal(found[name], alone[name]) for name in alone)

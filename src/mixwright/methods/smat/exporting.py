@@ -17,9 +17,8 @@ from mixwright.backbones.hf import without_bars
 from mixwright.catalog.document import render
 from mixwright.composition.card import plain
 from mixwright.composition.route import Route
-from mixwright.composition.saving import stored_composition
+from mixwright.composition.saving import encoded, stored_composition
 from mixwright.composition.support import Given
-from mixwright.config import encode
 from mixwright.files import staged_folder, write_new
 from mixwright.ops.digest import digest_of_tensor
 from mixwright.ops.prototypes import class_means
@@ -85,7 +84,7 @@ def recorded(
         pool.update(f"{name} {digest_of_tensor(tensor)}\n".encode())
     counts = {name: count for name, count in moved.items() if count}
     record: dict[str, Any] = {
-        "composition": {key: value for key, value in encode(stored_composition(model)).items() if key != "components"},
+        "composition": encoded(stored_composition(model)),
         "pool_sha256": pool.hexdigest(),
         "base_sha256": {name: digest_of_tensor(tensor) for name, tensor in sorted(before.items())},
         **_mixtures(model, routing),
