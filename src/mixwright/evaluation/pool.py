@@ -146,7 +146,7 @@ def decided_by_hand(
     if left_out:
         said.append(f"By a person's word, never chosen: {', '.join(left_out)}.")
     if forbidden:
-        shown = ", ".join(forbidden[:3]) + (", ..." if len(forbidden) > 3 else "")
+        shown = ", ".join(forbidden[:3]) + (f" and {len(forbidden) - 3} more" if len(forbidden) > 3 else "")
         stay = f"{len(forbidden)} parameter{'s stay' if len(forbidden) > 1 else ' stays'}"
         said.append(f"By a person's word, {stay} as pretrained whatever an expert says: {shown}.")
     if frozen:
